@@ -1,0 +1,34 @@
+"""The dense feed-forward and its non-linearities."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from muonlab.models.options import Activation, ModelOptions
+
+
+class FeedForward(nn.Module):
+    """down(act(up(x))), or down(act(gate(x)) · up(x)) when gated."""
+
+    def __init__(self, options: ModelOptions) -> None:
+        super().__init__()
+        self.activation: Activation = options.activation
+        self.up = nn.Linear(options.d_model, options.d_ff, bias=False)
+        self.gate = nn.Linear(options.d_model, options.d_ff, bias=False) if options.gated else None
+        self.down = nn.Linear(options.d_ff, options.d_model, bias=False)
+        self.dropout = nn.Dropout(options.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up(x)
+        hidden = activate(up if self.gate is None else self.gate(x), self.activation)
+        return self.down(self.dropout(hidden if self.gate is None else hidden * up))
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """The non-linearity itself; for a gated one, of the gate (Shazeer, arXiv 2002.05202; ReLU²: So et al., 2109.08668)."""
+    match activation:
+        case "silu" | "swiglu":
+            return F.silu(x)
+        case "gelu" | "geglu":
+            return F.gelu(x)
+        case "relu2":
+            return F.relu(x).square()
