@@ -1,0 +1,178 @@
+"""Runs jobs, in this process or in several, and reports how far each is; one job's failure never stops the rest."""
+
+import concurrent.futures
+import json
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from muonlab.errors import InputError
+from muonlab.training.config import RunConfig, from_dict
+from muonlab.training.loop import run
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to make, with what a table shows of it."""
+
+    group: str
+    label: str
+    config: RunConfig[Any]
+    directory: Path
+
+
+@dataclass
+class Progress:
+    """Where a job stands."""
+
+    job: Job
+    status: str = "waiting"
+    update: int = 0
+    loss: float | None = None
+    seconds: float = 0.0
+    """Seconds of training so far."""
+    message: str | None = None
+
+
+OnProgress = Callable[[list[Progress]], None]
+
+
+def outline(metrics: dict[str, Any]) -> dict[str, Any]:
+    """A run's metrics without its history, which stays on disk."""
+    return {key: value for key, value in metrics.items() if key not in ("history", "routing", "config")}
+
+
+def failed(job: Job, message: str) -> dict[str, Any]:
+    return {"status": "failed", "message": message, "directory": str(job.directory), "final": {}, "updates": 0}
+
+
+class Executor:
+    """Takes jobs with `submit`, gives their outcomes in the order they end with `results`.
+
+    `workers` 0 runs each job in this process when `results` is asked for it; otherwise that many processes run them,
+    with as many threads as each job's configuration says. Close it, or use it as a context manager.
+    """
+
+    def __init__(self, workers: int = 0, on_progress: OnProgress | None = None) -> None:
+        self.on_progress = on_progress
+        self.states: list[Progress] = []
+        self._waiting: dict[Any, Progress] = {}
+        self._inline: list[Progress] = []
+        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+        self._stop: Any = None
+        if workers:
+            context = multiprocessing.get_context("spawn")
+            self._stop = context.Event()
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                workers, mp_context=context, initializer=_start_worker, initargs=(self._stop,)
+            )
+
+    def __enter__(self) -> "Executor":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if self._pool is not None:
+            if kind is not None:
+                self._stop.set()  # running jobs stop cleanly after their current update
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def submit(self, job: Job) -> None:
+        state = Progress(job)
+        self.states.append(state)
+        if self._pool is None:
+            self._inline.append(state)
+        else:
+            future = self._pool.submit(_work, job.config.to_dict(), str(job.directory))
+            self._waiting[future] = state
+
+    def results(self) -> Iterator[tuple[Job, dict[str, Any]]]:
+        """Outcomes until no submitted job is left; more may be submitted in between."""
+        while self._inline or self._waiting:
+            if self._inline:
+                state = self._inline.pop(0)
+                outcome = self._run_here(state)
+                yield self._settle(state, outcome)
+                continue
+            done, _ = concurrent.futures.wait(self._waiting, 0.5, concurrent.futures.FIRST_COMPLETED)
+            self._poll()
+            for future in done:
+                state = self._waiting.pop(future)
+                try:
+                    outcome = future.result()
+                except Exception as error:  # a killed worker, out of memory, a bug in one run: the others go on
+                    outcome = failed(state.job, f"{type(error).__name__}: {error}".splitlines()[0])
+                yield self._settle(state, outcome)
+
+    def _run_here(self, state: Progress) -> dict[str, Any]:
+        last = 0.0
+
+        def follow(row: dict[str, Any]) -> None:
+            nonlocal last
+            _advance(state, row)
+            if time.monotonic() - last > 0.2:
+                last = time.monotonic()
+                self._show()
+
+        try:
+            return outline(run(state.job.config, directory=state.job.directory, on_event=follow))
+        except InputError as error:
+            return failed(state.job, str(error))
+
+    def _settle(self, state: Progress, outcome: dict[str, Any]) -> tuple[Job, dict[str, Any]]:
+        state.status, state.message, state.update = outcome["status"], outcome.get("message"), outcome["updates"]
+        self._show()
+        if state.status == "interrupted":
+            raise KeyboardInterrupt
+        return state.job, outcome
+
+    def _poll(self) -> None:
+        for state in self._waiting.values():
+            if (state.job.directory / "metrics.jsonl").exists():
+                for row in _tail(state.job.directory):
+                    _advance(state, row)
+        self._show()
+
+    def _show(self) -> None:
+        if self.on_progress is not None:
+            self.on_progress(self.states)
+
+
+def _advance(state: Progress, row: dict[str, Any]) -> None:
+    state.status, state.update, state.seconds = "running", row["update"], row["seconds"]
+    if row["kind"] == "train":
+        state.loss = row["loss"]
+
+
+def _tail(directory: Path, size: int = 2000) -> Iterator[dict[str, Any]]:
+    """The last whole rows of a growing metrics.jsonl."""
+    try:
+        with open(directory / "metrics.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - size))
+            lines = file.read().split(b"\n")[1:-1]
+    except OSError:
+        return
+    for line in lines[-2:]:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+_stop_event: Any = None
+
+
+def _start_worker(stop: Any) -> None:
+    global _stop_event
+    _stop_event = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which sets the event
+
+
+def _work(config: dict[str, Any], directory: str) -> dict[str, Any]:
+    try:
+        return outline(run(from_dict(config), directory=directory, should_stop=_stop_event.is_set))
+    except InputError as error:
+        return {"status": "failed", "message": str(error), "directory": directory, "final": {}, "updates": 0}

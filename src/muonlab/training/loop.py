@@ -1,0 +1,306 @@
+"""One run from its first update to its last: data, schedule, updates, evaluation, checkpoints, divergence, clean stop."""
+
+import contextlib
+import math
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from muonlab.data import Dataset, batch, prepare
+from muonlab.errors import InputError
+from muonlab.models import Transformer
+from muonlab.optim.registry import build_optimizer, optimizer_name
+from muonlab.optim.schedules import applied_lr, applied_momentum, set_lr, set_momentum
+from muonlab.training import checkpoint
+from muonlab.training.config import RunConfig, replace, resolve_machine, run_id
+from muonlab.training.evaluation import Evaluator
+from muonlab.training.tracking import (
+    RunDirectory,
+    history,
+    read_run,
+    stored_run_id,
+    versions,
+    write_json,
+)
+from muonlab.training.update import Update
+
+Event = Callable[[dict[str, Any]], None]
+"""Called with every row of metrics.jsonl as it is written, with a `directory` besides."""
+
+
+def resolve(config: RunConfig[Any], *, fallback: bool = False, progress: bool = True) -> tuple[RunConfig[Any], Dataset]:
+    """The concrete run: data prepared, the model's vocabulary the tokenizer's, every `auto` decided.
+
+    With `fallback`, the default corpus is replaced by `pydoc` where nothing can be downloaded, and the notice kept.
+    """
+    dataset = prepare(config.data, progress=progress, fallback=fallback)
+    if config.model.vocab_size not in (0, dataset.vocab_size) and config.model.vocab_size < dataset.vocab_size:
+        raise InputError(
+            f"model.vocab_size is {config.model.vocab_size} but the tokenizer has {dataset.vocab_size}; use 0 to follow it"
+        )
+    config = resolve_machine(config)
+    vocab_size = config.model.vocab_size or dataset.vocab_size
+    return replace(config, model={"vocab_size": vocab_size}, data={"corpus": dataset.options.corpus}), dataset
+
+
+def run(
+    config: RunConfig[Any],
+    root: str | Path = "runs",
+    *,
+    directory: str | Path | None = None,
+    fallback: bool = False,
+    allow_version_change: bool = False,
+    progress: bool = False,
+    on_event: Event | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
+    """Train one run and return its `metrics.json` with its `directory`.
+
+    The directory is `root/name-runid` unless given. Running a run again resumes it at its last checkpoint, bit for bit,
+    or finds it finished. Status is finished, diverged, or interrupted: `should_stop` is asked after each update, and
+    `with interruptible() as stop: run(..., should_stop=stop.is_set)` makes Ctrl-C a clean stop.
+    Raises InputError for bad input, a directory of another run, another process on the same one, or a full disk.
+    """
+    config, dataset = resolve(config, fallback=fallback, progress=progress)
+    identity = run_id(config, dataset.checksum)
+    path = Path(directory) if directory is not None else Path(root) / f"{config.name}-{identity}"
+    files = RunDirectory(path, identity)
+    try:
+        done = finished(path, identity)
+        if done is not None:
+            return done
+        torch.set_num_threads(config.training.threads)
+        return Loop(config, dataset, identity, files, on_event).train(should_stop or (lambda: False), allow_version_change)
+    finally:
+        files.close()
+
+
+def finished(path: Path, identity: str) -> dict[str, Any] | None:
+    """The metrics of the run `identity` at `path` when nothing is left to do there."""
+    if not (path / "metrics.json").exists() or stored_run_id(path) != identity:
+        return None
+    metrics = read_run(path)
+    return metrics if metrics["status"] in ("finished", "diverged") else None
+
+
+class Loop:
+    """The state of one run in progress."""
+
+    def __init__(
+        self, config: RunConfig[Any], dataset: Dataset, identity: str, files: RunDirectory, on_event: Event | None
+    ) -> None:
+        self.config, self.dataset, self.identity, self.files, self.on_event = config, dataset, identity, files, on_event
+        training = config.training
+        self.sequences = training.accumulation * training.micro_batch_size
+        self.device = torch.device(training.device)
+        torch.manual_seed(config.seed)
+        self.model = Transformer(config.model).to(self.device)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.routing = [dict(row) for row in self.optimizer.routing().rows]
+        self.update = Update(self.model, self.optimizer, config)
+        self.evaluators = [
+            Evaluator(dataset, split, config.model.seq_len, training.eval_tokens, training.micro_batch_size, self.chunk)
+            for split in training.eval_splits
+        ]
+        self.made = 0  # updates made
+        self.seconds = {"training": 0.0, "evaluation": 0.0, "other": 0.0}
+        self.rows: list[dict[str, Any]] = []
+
+    @property
+    def chunk(self) -> int:
+        return self.config.training.logit_chunk_bytes
+
+    def train(self, should_stop: Callable[[], bool], allow_version_change: bool) -> dict[str, Any]:
+        self.resume(allow_version_change)
+        self.files.write_config(self.config.to_dict(), self.identity)
+        self.rows = self.files.start(self.made)
+        status, message = "finished", None
+        if not self.rows:
+            self.evaluate()
+        self.write_metrics("running", None)
+        training = self.config.training
+        while self.made < training.updates:
+            message = self.one_update()
+            if message is not None:
+                status = "diverged"
+                break
+            last = self.made == training.updates
+            if last or self.made % training.eval_every == 0:
+                self.evaluate()
+            if not last and should_stop():
+                status, message = "interrupted", f"stopped after update {self.made}; run it again to go on"
+                self.save()
+                break
+            if not last and self.made % training.checkpoint_every == 0:
+                self.save()
+        if status == "finished":
+            checkpoint.save_weights(self.files.path, self.model)
+        metrics = self.write_metrics(status, message)
+        if status != "interrupted":
+            (self.files.path / checkpoint.NAME).unlink(missing_ok=True)
+        return {**metrics, "directory": str(self.files.path)}
+
+    def one_update(self) -> str | None:
+        """Make update number `self.made`, record it, and say why the run has diverged if it has."""
+        config, training = self.config, self.config.training
+        start = time.perf_counter()
+        inputs, targets, ids = batch(
+            self.dataset.train, config.model.seq_len, self.sequences, config.seed, self.made, config.data.document_mask
+        )
+        inputs, targets = inputs.to(self.device), targets.to(self.device)
+        ids = ids if ids is None else ids.to(self.device)
+        set_lr(self.optimizer, config.schedule.factor(self.made, training.updates))
+        set_momentum(self.optimizer, config.momentum.factor(self.made))
+        applied, momentum = applied_lr(self.optimizer), applied_momentum(self.optimizer)
+        result = self.update(self.made, inputs, targets, ids)
+        loss = result.loss.item()  # waits for the device, so the clock below is true
+        self.seconds["training"] += time.perf_counter() - start
+        self.made += 1
+        row = {
+            "kind": "train",
+            "update": self.made,
+            "tokens": self.made * config.tokens_per_update,
+            "loss": loss,
+            "objective": result.objective.item(),
+            "lr": applied,
+            "momentum": momentum,
+            "grad_norm": result.grad_norm.item(),
+            "seconds": self.seconds["training"],
+        }
+        self.record(row)
+        if not math.isfinite(loss) or loss > training.divergence_bound:
+            return f"loss {loss:.4g} at update {self.made} (bound {training.divergence_bound:g} nats)"
+        if not math.isfinite(row["grad_norm"]) and training.precision != "fp16":
+            return f"gradient norm {row['grad_norm']} at update {self.made}"
+        return None
+
+    def evaluate(self) -> None:
+        start = time.perf_counter()
+        for evaluator in self.evaluators:
+            values = evaluator(self.model, self.update.precision)
+            clock = {"update": self.made, "tokens": self.made * self.config.tokens_per_update}
+            self.record({"kind": "eval", **clock, "seconds": self.seconds["training"], **values})
+        self.seconds["evaluation"] += time.perf_counter() - start
+
+    def record(self, row: dict[str, Any]) -> None:
+        self.files.append(row)
+        self.rows.append(row)
+        if self.on_event is not None:
+            self.on_event({"directory": str(self.files.path), **row})
+
+    def save(self) -> None:
+        start = time.perf_counter()
+        state = {
+            "run_id": self.identity,
+            "code": versions()["code"],
+            "update": self.made,
+            "seconds": dict(self.seconds),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.update.precision.scaler.state_dict(),
+        }
+        checkpoint.save(self.files.path, state)
+        self.write_metrics("running", None)
+        self.seconds["other"] += time.perf_counter() - start
+
+    def resume(self, allow_version_change: bool) -> None:
+        state = checkpoint.load(self.files.path, self.config.training.device)
+        if state is None:
+            return
+        if state["run_id"] != self.identity:
+            raise InputError(f"{self.files.path / checkpoint.NAME} belongs to run {state['run_id']}, not {self.identity}")
+        if state["code"] != versions()["code"] and not allow_version_change:
+            raise InputError(
+                f"{self.files.path} was begun by another version of the code ({state['code']}, this is "
+                f"{versions()['code']}); delete it, or resume with --allow-version-change"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.update.precision.scaler.load_state_dict(state["scaler"])
+        self.made, self.seconds = state["update"], dict(state["seconds"])
+
+    def write_metrics(self, status: str, message: str | None) -> dict[str, Any]:
+        config, dataset = self.config, self.dataset
+        past = history(self.rows)
+        chosen_split = config.training.eval_splits[0]
+        evaluations = [row for row in past["eval"] if row["split"] == chosen_split]
+        best = min(evaluations, key=lambda row: row["cross_entropy"], default=None)
+        final = {row["split"]: row for row in past["eval"]}  # the last row of each split
+        wall = self.seconds["training"] + self.seconds["evaluation"] + self.seconds["other"]
+        tokens = self.made * config.tokens_per_update
+        speed = self.made / self.seconds["training"] if self.seconds["training"] else 0.0
+        metrics = {
+            "schema": 1,
+            "run_id": self.identity,
+            "name": config.name,
+            "optimizer": optimizer_name(config.optimizer),
+            "status": status,
+            "message": message,
+            "seed": config.seed,
+            "config": config.to_dict(),
+            "routing": self.routing,
+            "versions": versions(),
+            "data": {**dataset.describe(), "epochs": tokens / max(1, len(dataset.train.tokens))},
+            "program": self.update.program,
+            "device": device_name(self.device),
+            "threads": config.training.threads,
+            "parameters": self.parameter_counts(),
+            "history": past,
+            "updates": self.made,
+            "tokens": tokens,
+            "seconds": {**self.seconds, "wall": wall},
+            "updates_per_second": speed,
+            "tokens_per_second": speed * config.tokens_per_update,
+            "peak_memory_bytes": peak_memory(self.device),
+            "final": final,
+            "best": {"update": best["update"], "cross_entropy": best["cross_entropy"]} if best else None,
+            "updates_to_best": best["update"] if best else None,
+        }
+        write_json(self.files.path / "metrics.json", metrics)
+        return metrics
+
+    def parameter_counts(self) -> dict[str, int]:
+        counts = {"total": sum(p.numel() for p in self.model.parameters())}
+        for row in self.routing:
+            counts[row["kind"]] = counts.get(row["kind"], 0) + math.prod(row["shape"])
+        return counts
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets, for a clean stop; the second one interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def on_interrupt(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory so far in bytes: allocated on a CUDA device, resident for the whole process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
