@@ -1,0 +1,48 @@
+"""Run directories in, tables, figures and one self-contained page out. Importing this loads no plotting library."""
+
+from pathlib import Path
+from typing import Any
+
+
+def write_run(directory: str | Path) -> Path:
+    """Draw `metrics_plot.png` of the run in `directory` and return its path. InputError where no run can be read."""
+    from muonlab.report.figures import run_plot
+    from muonlab.training.tracking import read_run
+
+    path = Path(directory) / "metrics_plot.png"
+    run_plot(read_run(directory), path)
+    return path
+
+
+def write_comparison(directory: str | Path) -> list[Path]:
+    """Write `comparison_plot.png` and `report.html` beside the `comparison_summary.json` in `directory`.
+
+    Run directories that are missing or damaged are listed in the report and break nothing. InputError without a
+    readable summary. Files are replaced atomically.
+    """
+    from muonlab.report.figures import comparison_plot
+    from muonlab.report.html import comparison_page
+    from muonlab.report.reading import read_comparison
+    from muonlab.training.tracking import replace_file
+
+    material = read_comparison(directory)
+    picture, page = Path(directory) / "comparison_plot.png", Path(directory) / "report.html"
+    comparison_plot(material.summary, material.runs, picture)
+    text = comparison_page(material)
+    replace_file(page, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return [picture, page]
+
+
+def print_comparison(directory: str | Path, console: Any = None) -> None:
+    """Print trials, final losses, targets and verdicts of the comparison in `directory` (to a rich console)."""
+    from rich.console import Console
+
+    from muonlab.report.reading import SUMMARY, read_summary
+    from muonlab.report.tables import comparison_tables
+
+    console = console or Console()
+    for part in comparison_tables(read_summary(Path(directory) / SUMMARY)):
+        console.print(part)
+
+
+__all__ = ["print_comparison", "write_comparison", "write_run"]

@@ -1,0 +1,153 @@
+"""Numbers of runs in the form that a figure draws. Shared by the PNG and the interactive figures."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from muonlab.errors import InputError
+from muonlab.studies.statistics import LRTolerance, lr_tolerance
+
+DELTA = 0.05
+"""Nats per token within which a learning rate counts as good."""
+
+
+def number(value: Any) -> float:
+    """A number of a JSON file; NaN for null (how NaN and infinity are stored) and for anything else."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def evaluations(run: Mapping[str, Any], split: str) -> list[dict[str, Any]]:
+    """Evaluations of one split with a finite loss, by update."""
+    rows = [
+        r for r in run["history"].get("eval", ()) if r["split"] == split and math.isfinite(number(r["cross_entropy"]))
+    ]
+    return sorted(rows, key=lambda row: row["update"])
+
+
+def judged_split(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The split whose curve is drawn: the one with more evaluations, `report` where both have as many."""
+    count = {split: sum(len(evaluations(run, split)) for run in runs) for split in ("report", "tune")}
+    return "tune" if count["tune"] > count["report"] else "report"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Validation loss of several seeds at the updates that all of them evaluated."""
+
+    seeds: list[Any]
+    updates: list[int]
+    tokens: list[int]
+    seconds: list[float]
+    """Mean training seconds over the seeds."""
+    mean: list[float]
+    low: list[float]
+    """Lowest seed."""
+    high: list[float]
+    each: list[list[float]]
+    """[seeds][updates]"""
+
+
+def mean_curve(runs: Sequence[Mapping[str, Any]], split: str) -> Curve | None:
+    """The finished runs as one curve with its band; None without an evaluation in common."""
+    finished = [run for run in runs if run["status"] == "finished"]
+    tables = [{row["update"]: row for row in evaluations(run, split)} for run in finished]
+    updates = sorted(set.intersection(*map(set, tables))) if tables else []
+    if not updates:
+        return None
+    each = [[float(table[update]["cross_entropy"]) for update in updates] for table in tables]
+    columns = list(zip(*each))
+    return Curve(
+        seeds=[run["seed"] for run in finished],
+        updates=updates,
+        tokens=[int(tables[0][update]["tokens"]) for update in updates],
+        seconds=[sum(number(table[update]["seconds"]) for table in tables) / len(tables) for update in updates],
+        mean=[sum(column) / len(column) for column in columns],
+        low=[min(column) for column in columns],
+        high=[max(column) for column in columns],
+        each=each,
+    )
+
+
+def zoom(curves: Sequence[Curve], skipped: float = 0.25) -> tuple[float, float] | None:
+    """A range of loss that leaves out the steep first `skipped` share of training, where all optimizers look alike."""
+    if not curves:
+        return None
+    tops = []
+    for curve in curves:
+        after = [high for u, high in zip(curve.updates, curve.high) if u >= skipped * curve.updates[-1]]
+        tops.append(after[0])
+    low = min(min(curve.low) for curve in curves)
+    margin = 0.06 * (max(tops) - low) or 0.05
+    return low - margin, max(tops) + margin
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One tuning trial as a point of loss against learning rate."""
+
+    index: int
+    stage: str
+    lr: float
+    loss: float
+    """NaN for a trial without a final loss."""
+    status: str
+    values: dict[str, Any]
+    chosen: bool
+
+
+def trials_of(summary: Mapping[str, Any], optimizer: str) -> list[Trial]:
+    """The trials of one optimizer that have a learning rate, by rising learning rate."""
+    choice = (summary.get("chosen") or {}).get(optimizer) or {}
+    found = []
+    for entry in summary.get("trials", ()):
+        lr = number((entry.get("values") or {}).get("lr"))
+        if entry["optimizer"] != optimizer or not lr > 0:
+            continue
+        loss = number(entry.get("tune_cross_entropy"))
+        found.append(
+            Trial(
+                index=entry["index"],
+                stage=str(entry.get("stage", "")),
+                lr=lr,
+                loss=loss if entry["status"] == "finished" and math.isfinite(loss) else math.nan,
+                status=entry["status"],
+                values=entry["values"],
+                chosen=choice.get("trial") == entry["index"],
+            )
+        )
+    return sorted(found, key=lambda trial: (trial.lr, trial.index))
+
+
+def sensitivity(trials: Sequence[Trial], delta: float = DELTA) -> LRTolerance | None:
+    """Width of the good range of learning rates, best trial at each; quasi-random trials vary too much else to count."""
+    swept = [trial for trial in trials if trial.stage != "sobol"]
+    try:
+        return lr_tolerance([t.lr for t in swept], [t.loss for t in swept], delta)
+    except InputError:  # nothing finite
+        return None
+
+
+def best_by_lr(trials: Sequence[Trial]) -> tuple[list[float], list[float]]:
+    """Learning rates and the best finite loss at each, quasi-random trials left out."""
+    table: dict[float, float] = {}
+    for trial in trials:
+        if trial.stage != "sobol" and math.isfinite(trial.loss):
+            table[trial.lr] = min(table.get(trial.lr, math.inf), trial.loss)
+    return sorted(table), [table[lr] for lr in sorted(table)]
+
+
+def ceiling(losses: Sequence[float], room: float = 1.5) -> float:
+    """Top of a loss axis that a few very bad trials do not stretch: at most `room` nats above the best."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    if not finite:
+        return 1.0
+    return min(max(finite), min(finite) + room)
+
+
+def thinned(values: Sequence[Any], points: int = 250) -> list[Any]:
+    """At most about `points` of the values, evenly spread, first and last kept."""
+    if len(values) <= points:
+        return list(values)
+    step = (len(values) - 1) / (points - 1)
+    return [values[round(i * step)] for i in range(points)]

@@ -1,0 +1,83 @@
+"""How things look and read in every figure, table and page: one colour and marker per optimizer, one way to write a number."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+# Okabe and Ito's palette without its yellow (too faint on white): told apart with every common colour blindness.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5B4B8A", "#6B6B6B")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+PLOTLY_MARKERS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star")
+KNOWN = {"muon": 0, "adamw": 1, "lion": 2, "sophia": 3, "sophia-g": 3, "sophia_g": 3, "sgd": 5, "adam": 4}
+
+INK, MUTED, RULE = "#1c1e21", "#5f6368", "#d7dade"
+VERDICT_COLORS = {"better": "#00694b", "worse": "#a33c00", "not distinguishable": "#5f6368"}
+
+
+def slots(optimizers: Sequence[str]) -> dict[str, int]:
+    """A place in the palette per optimizer: fixed for the well-known, the next free one for the rest."""
+    taken = {name: KNOWN[name] for name in optimizers if name in KNOWN}
+    result = {}
+    for name in optimizers:
+        if name not in taken or name in result:
+            free = [i for i in range(len(PALETTE)) if i not in {*taken.values(), *result.values()}]
+            result.setdefault(name, free[0] if free else len(result) % len(PALETTE))
+        else:
+            result[name] = taken[name]
+    return result
+
+
+def colors(optimizers: Sequence[str]) -> dict[str, str]:
+    return {name: PALETTE[slot] for name, slot in slots(optimizers).items()}
+
+
+def short(value: Any, digits: int = 4) -> str:
+    """A value for a table cell: numbers to `digits` significant digits, a dash for nothing."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.{digits}g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list | tuple):
+        return ", ".join(short(item, digits) for item in value) or "–"
+    return str(value)
+
+
+def loss(value: Any) -> str:
+    """Nats to four decimals: the noise between seeds is of the order of 0.001."""
+    return f"{value:.4f}" if isinstance(value, int | float) and math.isfinite(value) else "–"
+
+
+def signed(value: Any) -> str:
+    """A difference in nats, with a true minus sign."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return "–"
+    return f"{value:+.4f}".replace("-", "−")
+
+
+def duration(seconds: Any) -> str:
+    if not isinstance(seconds, int | float) or not math.isfinite(seconds):
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def count(value: Any) -> str:
+    """1,234 · 56.8 k · 12.3 M"""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return "–"
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            unit = 1e3 if letter == "k" else size
+            return f"{value / unit:.3g} {letter}"
+    return f"{value:,.0f}"
+
+
+def values_text(values: dict[str, Any]) -> str:
+    """Settings of a trial in one line."""
+    return ", ".join(f"{key} {short(value, 3)}" for key, value in values.items())
