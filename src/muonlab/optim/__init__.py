@@ -1,0 +1,45 @@
+"""Optimizers: Muon and its rivals as pure rules over stacks of matrices, and the torch classes around them."""
+
+from muonlab.optim.coefficients import COEFFICIENTS, CoefficientSet
+from muonlab.optim.muon import Muon
+from muonlab.optim.optimizer import HybridOptimizer
+from muonlab.optim.options import (
+    AdamWOptions,
+    ClassOptions,
+    LionOptions,
+    MuonOptions,
+    OptimizerOptions,
+    SGDOptions,
+    SophiaGOptions,
+)
+from muonlab.optim.polar import orthogonalize
+from muonlab.optim.registry import OPTIMIZERS, OptimizerEntry, build_optimizer
+from muonlab.optim.rivals import Lion, SophiaG
+from muonlab.optim.routing import RoutingTable
+from muonlab.optim.schedules import SCHEDULES, Schedule, applied_lr, set_lr, set_momentum
+
+__all__ = [
+    "COEFFICIENTS",
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "AdamWOptions",
+    "ClassOptions",
+    "CoefficientSet",
+    "HybridOptimizer",
+    "Lion",
+    "LionOptions",
+    "Muon",
+    "MuonOptions",
+    "OptimizerEntry",
+    "OptimizerOptions",
+    "RoutingTable",
+    "SGDOptions",
+    "Schedule",
+    "SophiaG",
+    "SophiaGOptions",
+    "applied_lr",
+    "build_optimizer",
+    "orthogonalize",
+    "set_lr",
+    "set_momentum",
+]

@@ -1,0 +1,162 @@
+"""The polar factor of a stack of matrices: U V^T of the singular value decomposition, by polynomial iterations.
+
+Everything here is a pure function of a stack `[..., m, n]`; leading axes are independent matrices.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from muonlab.errors import InputError, unknown
+from muonlab.optim.coefficients import Coefficients, Step, resolve
+
+Method = Literal["auto", "standard", "svd"]
+DTypeName = Literal["auto", "float16", "bfloat16", "float32", "float64"]
+
+_DTYPES: dict[str, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+# Above this many elements a CPU does single products faster than a batched one.
+_CPU_LOOP_ELEMENTS = 1 << 14
+
+
+def orthogonalize(
+    x: Tensor,
+    coefficients: Coefficients = "polar_express",
+    ns_steps: int | None = None,
+    method: Method = "auto",
+    dtype: torch.dtype | DTypeName = "auto",
+    *,
+    eps: float = 0.0,
+) -> Tensor:
+    """Approximate polar factor of every matrix of a stack (its nearest semi-orthogonal matrix).
+
+    The input is divided by its Frobenius norm in fp32 (fp64 for fp64), whatever its magnitude, and then iterated; an
+    all-zero matrix gives exactly zero, a matrix with a NaN or an infinity gives NaN. The input is never changed.
+
+    Args:
+        x: `[..., m, n]`, any floating-point dtype, any strides; leading axes are independent matrices.
+        coefficients: a name of `coefficients.COEFFICIENTS`, or steps of one's own (see `coefficients.resolve`).
+        ns_steps: number of steps; None means the set's own.
+        method: "standard" iterates on the matrix; "svd" takes the exact factor (fp32 or fp64, slow: for ablations), where
+            singular values below the rounding error of the largest stay zero; "auto" chooses.
+        dtype: dtype of the iterations. "auto": fp16 on CUDA (after the fp32 normalisation eight times more accurate than
+            bf16), bf16 on a CPU that multiplies it natively, fp32 elsewhere; never less than fp64 for fp64 inputs.
+        eps: lower bound of the norm that the input is divided by (0: scale-free).
+
+    Returns:
+        `[..., m, n]` in the dtype of the iterations, contiguous or transposed.
+
+    Raises:
+        InputError: fewer than two axes, a complex or integer dtype, unknown names, steps that do not fit the set.
+
+    Source: Keller Jordan, https://kellerjordan.github.io/posts/muon/ (iteration on the wide side of the matrix).
+    """
+    if x.ndim < 2 or not x.is_floating_point():
+        raise InputError(
+            f"orthogonalize needs a real floating-point tensor [..., m, n], got {x.dtype} {tuple(x.shape)}"
+        )
+    if method not in ("auto", "standard", "svd"):
+        raise unknown("method", method, ("auto", "standard", "svd"))
+    return polar(x, resolve(coefficients, ns_steps), method, dtype, eps)
+
+
+def polar(
+    x: Tensor,
+    steps: tuple[Step, ...],
+    method: Method = "auto",
+    dtype: torch.dtype | DTypeName = "auto",
+    eps: float = 0.0,
+) -> Tensor:
+    """`orthogonalize` for steps that are already resolved: what the update rule calls; no checks."""
+    if method == "svd":
+        return _svd(x)
+    work = iteration_dtype(x, dtype)
+    if x.numel() == 0:
+        return torch.zeros_like(x, dtype=work)
+    tall = x.shape[-2] > x.shape[-1]
+    wide = normalize(x.mT if tall else x, eps).to(work)
+    result = newton_schulz(wide, steps)
+    return result.mT if tall else result
+
+
+def normalize(x: Tensor, eps: float = 0.0) -> Tensor:
+    """`x / max(eps, Frobenius norm)` of every matrix `[..., m, n]`, in at least fp32; zero stays exactly zero.
+
+    With `eps == 0` it is scale-free over the whole range of the dtype: the largest entry is divided out first, because
+    squares of fp32 entries below 1e-19 underflow and those above 1e19 overflow.
+    """
+    x = x if x.dtype == torch.float64 else x.float()
+    if eps > 0:
+        bounded: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
+        return x / bounded
+    largest = torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
+    x = x / torch.where(largest == 0, 1.0, largest)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    return x / torch.where(norm == 0, 1.0, norm)
+
+
+def newton_schulz(x: Tensor, steps: tuple[Step, ...]) -> Tensor:
+    """The polynomial steps on normalised matrices `x` [..., m, n] with m <= n, in the dtype of `x`: a*X + (b*A + c*A^2) X, A = X X^T."""
+    if x.device.type == "cpu" and x.ndim > 2 and x.shape[-2] * x.shape[-1] >= _CPU_LOOP_ELEMENTS:
+        return torch.stack([_steps_one(matrix, steps) for matrix in x.reshape(-1, *x.shape[-2:])]).view(x.shape)
+    if x.ndim == 2:
+        return _steps_one(x, steps)
+    stack = x.reshape(-1, *x.shape[-2:])  # [k, m, n]
+    for a, b, c in steps:
+        gram = stack @ stack.mT  # [k, m, m]
+        if c:
+            stack = torch.baddbmm(stack, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), stack, beta=a)
+        else:
+            stack = torch.baddbmm(stack, gram, stack, beta=a, alpha=b)
+    return stack.view(x.shape)
+
+
+def _steps_one(x: Tensor, steps: tuple[Step, ...]) -> Tensor:
+    for a, b, c in steps:
+        gram = x @ x.mT  # [m, m]
+        if c:
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        else:
+            x = torch.addmm(x, gram, x, beta=a, alpha=b)
+    return x
+
+
+def iteration_dtype(x: Tensor, dtype: torch.dtype | DTypeName = "auto") -> torch.dtype:
+    """The dtype in which `x` is iterated (see `orthogonalize`)."""
+    if isinstance(dtype, torch.dtype):
+        if dtype not in _DTYPES.values():
+            raise InputError(f"iterations run in float16, bfloat16, float32 or float64, got {dtype}")
+        return dtype
+    if dtype != "auto":
+        if dtype not in _DTYPES:
+            raise unknown("dtype", dtype, (*_DTYPES, "auto"))
+        return _DTYPES[dtype]
+    if x.dtype == torch.float64:
+        return torch.float64
+    if x.device.type == "cuda":
+        return torch.float16
+    if x.device.type == "cpu" and _cpu_multiplies_bfloat16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    # Public since torch 2.12; an older one iterates in fp32 on a CPU.
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+
+
+def _svd(x: Tensor) -> Tensor:
+    x = normalize(x)
+    if x.numel() == 0:
+        return x
+    # The decomposition refuses non-finite input; such matrices pass through as NaN, as they do in the iterations.
+    finite = torch.isfinite(x).all(-1).all(-1)[..., None, None]
+    u, s, vh = torch.linalg.svd(torch.where(finite, x, 0.0), full_matrices=False)
+    keep = s > s[..., :1] * max(x.shape[-2:]) * torch.finfo(x.dtype).eps
+    return torch.where(finite, (u * keep[..., None, :]) @ vh, torch.nan)

@@ -1,0 +1,128 @@
+"""Every optimizer of the laboratory by name: its options, how it is built, where to start searching its learning rate."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from muonlab.errors import InputError
+from muonlab.optim.groups import param_groups
+from muonlab.optim.optimizer import HybridOptimizer
+from muonlab.optim.options import (
+    AdamWOptions,
+    ClassOptions,
+    LionOptions,
+    MuonOptions,
+    OptimizerOptions,
+    SGDOptions,
+    SophiaGOptions,
+)
+from muonlab.optim.rivals import SophiaG
+from muonlab.optim.routing import route, table_of
+
+Build = Callable[[nn.Module, Any], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerEntry:
+    """One line of the registry."""
+
+    name: str
+    options: type[OptimizerOptions]
+    build: Build
+    lr_center: float
+    """Centre of a log-spaced learning-rate search for a transformer of 1-3 M parameters and 100 updates of 2,048 tokens."""
+    summary: str
+
+
+def build_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.Optimizer:
+    """The optimizer that `options` describe, for all parameters of `model`.
+
+    Every group carries lr, initial_lr, weight_decay, kind and param_names; `optimizer.routing()` tells who updates what.
+    """
+    for entry in OPTIMIZERS.values():
+        if type(options) is entry.options:
+            optimizer = entry.build(model, options)
+            for group in optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])
+            return optimizer
+    raise InputError(f"no optimizer is registered for options of type {type(options).__name__}")
+
+
+def _hybrid(hidden_rule: str) -> Build:
+    def build(model: nn.Module, options: OptimizerOptions) -> torch.optim.Optimizer:
+        fallback: str = getattr(options, "fallback", hidden_rule)
+        groups = param_groups(route(model), options, hidden_rule, fallback)
+        return HybridOptimizer(groups, {"lr": options.lr, "weight_decay": options.weight_decay})
+
+    return build
+
+
+def _by_import_path(model: nn.Module, options: ClassOptions) -> torch.optim.Optimizer:
+    module_name, _, class_name = options.class_path.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"class_path {options.class_path!r} cannot be imported: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise InputError(f"class_path {options.class_path!r} is not a torch.optim.Optimizer")
+    groups = param_groups(route(model), options, class_name, class_name)
+    try:
+        optimizer: torch.optim.Optimizer = cls(groups, **options.arguments)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{options.class_path} refused its arguments: {error}") from error
+    optimizer.routing = MethodType(table_of, optimizer)  # type: ignore[attr-defined]
+    return optimizer
+
+
+OPTIMIZERS: dict[str, OptimizerEntry] = {
+    entry.name: entry
+    for entry in (
+        OptimizerEntry(
+            name="muon",
+            options=MuonOptions,
+            build=_hybrid("muon"),
+            lr_center=1e-2,
+            summary="orthogonalised momentum for hidden matrices, AdamW for the rest",
+        ),
+        OptimizerEntry(
+            name="adamw",
+            options=AdamWOptions,
+            build=_hybrid("adamw"),
+            lr_center=5e-3,
+            summary="adaptive moments with decoupled weight decay",
+        ),
+        OptimizerEntry(
+            name="lion",
+            options=LionOptions,
+            build=_hybrid("lion"),
+            lr_center=1e-3,
+            summary="sign of an interpolated momentum",
+        ),
+        OptimizerEntry(
+            name="sophia",
+            options=SophiaGOptions,
+            build=lambda model, options: SophiaG(model, **vars(options)),
+            lr_center=1e-3,
+            summary="momentum over a sampled Gauss-Newton diagonal, clipped",
+        ),
+        OptimizerEntry(
+            name="sgd",
+            options=SGDOptions,
+            build=_hybrid("sgd"),
+            lr_center=0.3,
+            summary="heavy-ball momentum",
+        ),
+        OptimizerEntry(
+            name="class",
+            options=ClassOptions,
+            build=_by_import_path,
+            lr_center=1e-3,
+            summary="any torch.optim.Optimizer by import path",
+        ),
+    )
+}

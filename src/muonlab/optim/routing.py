@@ -1,0 +1,197 @@
+"""Which rule updates which parameter: decided from the module that owns it, never from its name or rank alone."""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from muonlab.optim.views import View, describe
+
+KINDS = ("hidden", "embedding", "head", "router", "vector")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """The decision for one parameter."""
+
+    name: str
+    param: nn.Parameter
+    kind: str
+    """hidden, embedding, head, router or vector."""
+    view: View = ()
+    """How a hidden parameter is seen as matrices."""
+    reason: str
+    """Why, in a few words; `unknown` where no rule knew the module."""
+
+
+class RoutingTable:
+    """Rows with name, shape, kind, rule, view, lr, weight_decay, scale of every parameter of an optimizer."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __str__(self) -> str:
+        columns = ("name", "shape", "kind", "rule", "view", "lr", "weight_decay", "scale", "reason")
+        lines = [columns, *(tuple(_cell(row[column]) for column in columns) for row in self.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def route(model: nn.Module) -> list[Route]:
+    """One `Route` for every parameter of `model` that wants a gradient, in the order of `model.named_parameters()`.
+
+    Precedence: embedding module, or a parameter tied between modules > output embeddings > router > linear layer,
+    convolution, transformers' Conv1D, expert stack > fewer than two dimensions. What is none of these is an unknown: it is
+    treated as a vector, and one warning names them all.
+    """
+    owners = _owners(model)
+    heads = _output_embeddings(model, owners)
+    routers = _routers(model)
+    routes = []
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            kind, view, reason = _decide(param, owners[id(param)], heads, routers)
+            routes.append(Route(name=name, param=param, kind=kind, view=view, reason=reason))
+    unknowns = [entry.name for entry in routes if entry.reason == "unknown"]
+    if unknowns:
+        warnings.warn(
+            f"no routing rule knows the modules of {', '.join(unknowns[:5])}{' ...' if len(unknowns) > 5 else ''} "
+            f"({len(unknowns)} parameters): they are updated like vectors",
+            stacklevel=2,
+        )
+    return routes
+
+
+Owner = tuple[nn.Module, str]
+
+
+def _decide(param: Tensor, owners: list[Owner], heads: set[int], routers: set[int]) -> tuple[str, View, str]:
+    module, local = owners[0]
+    if any(isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) for owner, _ in owners):
+        return "embedding", (), "embedding" if len(owners) == 1 else "embedding, tied"
+    if len(owners) > 1 and param.ndim > 1:
+        return "embedding", (), "tied"
+    if id(param) in heads:
+        return ("head" if param.ndim > 1 else "vector"), (), "output embeddings"
+    if id(param) in routers:
+        return "router", (), "router"
+    if param.ndim < 2:
+        return "vector", (), "fewer than two dimensions"
+    if isinstance(module, nn.Linear) and local == "weight":
+        return "hidden", (), "linear"
+    if isinstance(module, nn.modules.conv._ConvNd) and local == "weight":
+        operation = "conv_transpose" if module.transposed else "conv"
+        return "hidden", ((operation, module.groups),), "convolution"
+    if _is_transposed_linear(module) and local == "weight":
+        return "hidden", (("transpose",),), "linear, transposed"
+    if param.ndim == 3 and _expert_count(module) == param.shape[0]:
+        return "hidden", (("transpose",),) if getattr(module, "is_transposed", False) else (), "expert stack"
+    return "vector", (), "unknown"
+
+
+def _owners(model: nn.Module) -> dict[int, list[Owner]]:
+    """id of a parameter -> the distinct modules that hold it, with its name there."""
+    owners: dict[int, list[Owner]] = {}
+    for module in model.modules():
+        for local, param in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(id(param), []).append((module, local))
+    return owners
+
+
+def _output_embeddings(model: nn.Module, owners: dict[int, list[Owner]]) -> set[int]:
+    """ids of the parameters of output heads: what the model names as such, else the last linear layer onto the vocabulary."""
+    named = getattr(model, "get_output_embeddings", None)
+    head = named() if callable(named) else None
+    if isinstance(head, nn.Module):
+        return {id(param) for param in head.parameters()}
+    if isinstance(head, Tensor):
+        return {id(head)}
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if not embeddings:
+        return set()
+    vocabulary = max(embeddings, key=lambda module: module.num_embeddings)
+    onto = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+        and (module.out_features, module.in_features) == (vocabulary.num_embeddings, vocabulary.embedding_dim)
+    ]
+    return {id(param) for param in onto[-1].parameters()} if onto else set()
+
+
+def _routers(model: nn.Module) -> set[int]:
+    """ids of the matrices that choose experts: marked so, or with as many outputs as there are experts beside them."""
+    routers = set()
+    for parent in model.modules():
+        children = list(parent.children())
+        counts = {count for child in children if (count := _expert_count(child))}
+        for child in children:
+            marked = getattr(child, "is_router", False)
+            for param in child.parameters(recurse=False):
+                if marked or (param.ndim == 2 and _is_projection(child) and param.shape[0] in counts):
+                    routers.add(id(param))
+    return routers
+
+
+def _is_projection(module: nn.Module) -> bool:
+    """A linear layer, or a bare holder of one matrix that acts as such (the routers of transformers)."""
+    return isinstance(module, nn.Linear) or (not list(module.children()) and _expert_stack(module) is None)
+
+
+def _expert_count(module: nn.Module) -> int:
+    """Number of experts of an expert stack or of a list of alike modules; 0 for anything else."""
+    stack = _expert_stack(module)
+    if stack is not None:
+        return int(stack.shape[0])
+    if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(child) for child in module}) == 1:
+        return len(module)
+    return 0
+
+
+def _expert_stack(module: nn.Module) -> nn.Parameter | None:
+    """A 3-D parameter of a module that says it holds experts."""
+    marked = getattr(module, "is_expert_stack", False)
+    count = getattr(module, "num_experts", None)
+    for param in module.parameters(recurse=False):
+        if param.ndim == 3 and (marked or param.shape[0] == count):
+            return param
+    return None
+
+
+def _is_transposed_linear(module: nn.Module) -> bool:
+    """transformers' Conv1D, whose weight is [in, out]; recognised without importing transformers."""
+    return any(cls.__name__ == "Conv1D" and "transformers" in cls.__module__ for cls in type(module).__mro__)
+
+
+def table_of(optimizer: torch.optim.Optimizer) -> RoutingTable:
+    """The routing table of an optimizer whose groups were made by this package."""
+    return RoutingTable([row for group in optimizer.param_groups for row in _rows(group)])
+
+
+def _rows(group: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for i, param in enumerate(group["params"]):
+        yield {
+            "name": group["param_names"][i] if "param_names" in group else f"parameter {i}",
+            "shape": list(param.shape),
+            "kind": group.get("kind"),
+            "rule": group.get("rule"),
+            "view": describe(group.get("view", ())) if group.get("rule") == "muon" else None,
+            "lr": float(group["lr"]),
+            "weight_decay": float(group.get("weight_decay", 0.0)),
+            "scale": group.get("scale"),
+            "reason": group["reasons"][i] if "reasons" in group else None,
+        }
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return " x ".join(str(size) for size in value) or "scalar"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,168 @@
+"""Update rules as pure functions of stacks: (gradient, state, hyper-parameters) -> (update, new state).
+
+Tensors are `[..., *shape]`; leading axes are independent parameters (layers of one shape, experts, replicas of a sweep).
+Every hyper-parameter may be a number or a tensor that broadcasts along them. Nothing is changed in place here; the one
+function that changes a parameter is `apply_update_`, the same for all rules: `param -= shrink * param + step_size * update`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from muonlab.optim.coefficients import Step
+from muonlab.optim.polar import DTypeName, Method, polar
+
+State = Mapping[str, Tensor]
+Number = float | Tensor
+
+
+def muon(
+    grad: Tensor,
+    state: State,
+    *,
+    momentum: Number,
+    nesterov: bool,
+    steps: tuple[Step, ...],
+    heavy_ball: bool = False,
+    method: Method = "auto",
+    dtype: torch.dtype | DTypeName = "auto",
+    eps: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Orthogonalised momentum of matrices `grad` [..., m, n]; state: `momentum_buffer` like `grad`.
+
+    The momentum is an exponential moving average (`B = mu B + (1 - mu) G`) or heavy-ball (`B = mu B + G`); the update has
+    spectral norm about 1 and is not yet scaled (`scaling.scale_factor`).
+    Source: Keller Jordan, https://kellerjordan.github.io/posts/muon/.
+    """
+    buffer, direction = momentum_update(
+        state["momentum_buffer"], grad, momentum, nesterov=nesterov, heavy_ball=heavy_ball
+    )
+    return polar(direction, steps, method, dtype, eps), {"momentum_buffer": buffer}
+
+
+def momentum_update(
+    buffer: Tensor, grad: Tensor, momentum: Number, *, nesterov: bool, heavy_ball: bool
+) -> tuple[Tensor, Tensor]:
+    """(new buffer, direction to follow), both in the dtype of `buffer`."""
+    grad = grad.to(buffer.dtype)
+    if heavy_ball:
+        buffer = buffer * momentum + grad
+        return buffer, grad + buffer * momentum if nesterov else buffer
+    buffer = torch.lerp(buffer, grad, _weight(1 - momentum, buffer))
+    return buffer, torch.lerp(grad, buffer, _weight(momentum, buffer)) if nesterov else buffer
+
+
+def adamw(
+    grad: Tensor, state: State, *, step: Tensor, betas: tuple[Number, Number], eps: Number
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Adam's update with bias correction; state: `exp_avg`, `exp_avg_sq`. `step` counts this update (from 1), broadcastable.
+
+    Source: https://arxiv.org/abs/1711.05101; the arithmetic of torch.optim.AdamW to rounding.
+    """
+    beta1, beta2 = betas
+    grad = grad.to(state["exp_avg"].dtype)
+    mean = torch.lerp(state["exp_avg"], grad, _weight(1 - beta1, grad))
+    square = state["exp_avg_sq"] * beta2
+    square = (
+        torch.addcmul(square, grad, grad, value=1 - beta2)
+        if isinstance(beta2, float)
+        else square + grad * grad * (1 - beta2)
+    )
+    denominator = (square / bias_correction(beta2, step)).sqrt_() + eps
+    return mean / (denominator * bias_correction(beta1, step)), {"exp_avg": mean, "exp_avg_sq": square}
+
+
+def bias_correction(beta: Number, step: Tensor) -> Tensor:
+    """`1 - beta ** step`, without the cancellation that costs four digits in fp32 at beta = 0.999."""
+    log_beta = torch.log1p(beta - 1) if isinstance(beta, Tensor) else math.log(beta) if beta > 0 else -math.inf
+    return -torch.expm1(step * log_beta)
+
+
+def lion(grad: Tensor, state: State, *, betas: tuple[Number, Number]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sign of an interpolated momentum; state: `exp_avg`. Source: https://arxiv.org/abs/2302.06675."""
+    beta1, beta2 = betas
+    mean = state["exp_avg"]
+    grad = grad.to(mean.dtype)
+    update = torch.lerp(mean, grad, _weight(1 - beta1, mean)).sign_()
+    return update, {"exp_avg": torch.lerp(mean, grad, _weight(1 - beta2, mean))}
+
+
+def sophia(
+    grad: Tensor, state: State, *, betas: tuple[Number, Number], rho: Number, eps: Number
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Momentum over an estimate of the diagonal curvature, clipped to [-1, 1]; state: `exp_avg`, `hessian`.
+
+    `hessian` is an average of Gauss-Newton-Bartlett estimates and changes only when new estimates are given
+    (`sophia_curvature`); while it is zero the update is the sign of the momentum.
+    Source: https://arxiv.org/abs/2305.14342, Algorithm 3.
+    """
+    mean = torch.lerp(state["exp_avg"], grad.to(state["exp_avg"].dtype), _weight(1 - betas[0], state["exp_avg"]))
+    update = (mean / (rho * state["hessian"] + eps)).clamp_(-1, 1)
+    return update, {"exp_avg": mean, "hessian": state["hessian"]}
+
+
+def sophia_curvature(hessian: Tensor, sampled_grad: Tensor, *, beta2: Number, tokens: Number) -> Tensor:
+    """New average of the Gauss-Newton-Bartlett estimate `tokens * g * g`.
+
+    `sampled_grad` is the gradient of the *mean* loss over `tokens` positions on labels drawn from the model itself.
+    Source: https://arxiv.org/abs/2305.14342, Algorithm 2.
+    """
+    sampled = sampled_grad.to(hessian.dtype)
+    return torch.lerp(hessian, sampled * sampled * tokens, _weight(1 - beta2, hessian))
+
+
+def sgd(grad: Tensor, state: State, *, momentum: Number, nesterov: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Heavy-ball momentum as in torch.optim.SGD without dampening; state: `momentum_buffer`."""
+    buffer, direction = momentum_update(state["momentum_buffer"], grad, momentum, nesterov=nesterov, heavy_ball=True)
+    return direction, {"momentum_buffer": buffer}
+
+
+def apply_update_(
+    param: Tensor, update: Tensor, *, step_size: Number, shrink: Number = 0.0, cautious: bool = False
+) -> Tensor:
+    """In place `param -= shrink * param + step_size * update`; returns `param`.
+
+    `step_size` is the learning rate times the scale of the update, `shrink` the learning rate times the weight decay.
+    `cautious`: entries that the update pushes away from zero (opposite signs of parameter and update) are not decayed
+    (https://arxiv.org/abs/2510.12402).
+    """
+    if cautious:
+        shrink = torch.where(param * update > 0, shrink, 0.0)
+    if isinstance(shrink, Tensor) or shrink != 0:
+        param.mul_(1 - shrink)
+    if isinstance(step_size, Tensor):
+        return param.sub_(update.to(param.dtype) * step_size)
+    return param.add_(update, alpha=-step_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """An update rule for entries one by one: its function, its state and the group options that the function reads."""
+
+    update: Callable[..., tuple[Tensor, dict[str, Tensor]]]
+    state: tuple[str, ...]
+    """Names of state tensors, each like the parameter, zero at first."""
+    options: tuple[str, ...]
+    counts: bool = False
+    """The function takes `step`, the number of this update."""
+
+    def hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The function's hyper-parameters out of a parameter group."""
+        return {name: group[name] for name in self.options}
+
+
+ELEMENTWISE: dict[str, Rule] = {
+    "adamw": Rule(update=adamw, state=("exp_avg", "exp_avg_sq"), options=("betas", "eps"), counts=True),
+    "lion": Rule(update=lion, state=("exp_avg",), options=("betas",)),
+    "sophia": Rule(update=sophia, state=("exp_avg", "hessian"), options=("betas", "rho", "eps")),
+    "sgd": Rule(update=sgd, state=("momentum_buffer",), options=("momentum", "nesterov")),
+}
+
+
+def _weight(value: Number, like: Tensor) -> Number:
+    """torch.lerp wants a tensor weight in the dtype of its operands."""
+    return value.to(like.dtype) if isinstance(value, Tensor) else value
