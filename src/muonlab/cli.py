@@ -344,14 +344,14 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def cmd_list(options: Any) -> None:
     from muonlab.data import CORPORA
-    from muonlab.models import MODEL_SUMMARIES
+    from muonlab.models import SUMMARIES
     from muonlab.optim.registry import OPTIMIZERS
     from muonlab.optim.schedules import SCHEDULES
     from muonlab.training.losses import LOSSES
 
     kinds: dict[str, dict[str, str]] = {
         "optimizers": {name: entry.summary for name, entry in OPTIMIZERS.items()},
-        "models": dict(MODEL_SUMMARIES),
+        "models": dict(SUMMARIES),
         "corpora": {name: corpus.summary for name, corpus in CORPORA.items()},
         "schedules": dict(SCHEDULES),
         "losses": LOSSES,

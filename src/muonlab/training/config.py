@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from muonlab.data import DataOptions
 from muonlab.errors import InputError, unknown
 from muonlab.models import MODELS, ModelOptions
-from muonlab.optim.registry import OPTIMIZERS, optimizer_name
-from muonlab.optim.schedules import MomentumWarmup, Schedule
+from muonlab.optim.registry import OPTIMIZERS
+from muonlab.optim.schedules import Schedule
 
 FORBID: dict[str, Any] = {"extra": "forbid"}
 
@@ -101,7 +101,6 @@ class RunConfig(BaseModel, Generic[O_]):
     data: DataOptions
     optimizer: O_
     schedule: Schedule
-    momentum: MomentumWarmup
     loss: LossOptions
     training: TrainingOptions
 
@@ -138,7 +137,7 @@ def from_dict(values: Mapping[str, Any], where: str = "configuration") -> RunCon
     data = values.pop("data", {})
     data = {"corpus": data} if isinstance(data, str) else dict(data)
     values.setdefault("name", f"{preset or 'model'}-{optimizer_key}")
-    tables = {"schedule": {}, "momentum": {}, "loss": {}, "training": {}, **values}
+    tables = {"schedule": {}, "loss": {}, "training": {}, **values}
     kind = RunConfig[OPTIMIZERS[optimizer_key].options]  # type: ignore[name-defined]
     try:
         return kind.model_validate({**tables, "model": model, "data": data, "optimizer": optimizer})
@@ -216,6 +215,11 @@ def run_id(config: RunConfig[Any], data_checksum: str) -> str:
 def to_plain(options: Any) -> dict[str, Any]:
     """A dataclass of options as plain nested values."""
     return TypeAdapter(type(options)).dump_python(options, mode="json")
+
+
+def optimizer_name(options: Any) -> str:
+    """The registered name of an optimizer's options."""
+    return next(name for name, entry in OPTIMIZERS.items() if entry.options is type(options))
 
 
 def field_names(kind: Any) -> list[str]:

@@ -16,10 +16,10 @@ import torch
 from muonlab.data import Dataset, batch, prepare
 from muonlab.errors import InputError
 from muonlab.models import Transformer
-from muonlab.optim.registry import build_optimizer, optimizer_name
-from muonlab.optim.schedules import applied_lr, applied_momentum, set_lr, set_momentum
+from muonlab.optim.registry import build_optimizer
+from muonlab.optim.schedules import applied_lr, set_lr, set_momentum
 from muonlab.training import checkpoint
-from muonlab.training.config import RunConfig, replace, resolve_machine, run_id
+from muonlab.training.config import RunConfig, optimizer_name, replace, resolve_machine, run_id
 from muonlab.training.evaluation import Evaluator
 from muonlab.training.tracking import (
     RunDirectory,
@@ -47,7 +47,7 @@ def resolve(config: RunConfig[Any], *, fallback: bool = False, progress: bool = 
         )
     config = resolve_machine(config)
     vocab_size = config.model.vocab_size or dataset.vocab_size
-    return replace(config, model={"vocab_size": vocab_size}, data={"corpus": dataset.options.corpus}), dataset
+    return replace(config, model={"vocab_size": vocab_size}, data={"corpus": dataset.corpus}), dataset
 
 
 def run(
@@ -152,13 +152,13 @@ class Loop:
         config, training = self.config, self.config.training
         start = time.perf_counter()
         inputs, targets, ids = batch(
-            self.dataset.train, config.model.seq_len, self.sequences, config.seed, self.made, config.data.document_mask
+            self.dataset.train, config.model.seq_len, self.sequences, config.seed, self.made
         )
         inputs, targets = inputs.to(self.device), targets.to(self.device)
         ids = ids if ids is None else ids.to(self.device)
         set_lr(self.optimizer, config.schedule.factor(self.made, training.updates))
-        set_momentum(self.optimizer, config.momentum.factor(self.made))
-        applied, momentum = applied_lr(self.optimizer), applied_momentum(self.optimizer)
+        set_momentum(self.optimizer, config.schedule, self.made)
+        applied = applied_lr(self.optimizer)  # read back: what the update uses, not what was meant
         result = self.update(self.made, inputs, targets, ids)
         loss = result.loss.item()  # waits for the device, so the clock below is true
         self.seconds["training"] += time.perf_counter() - start
@@ -170,7 +170,6 @@ class Loop:
             "loss": loss,
             "objective": result.objective.item(),
             "lr": applied,
-            "momentum": momentum,
             "grad_norm": result.grad_norm.item(),
             "seconds": self.seconds["training"],
         }

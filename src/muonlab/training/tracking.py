@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -198,3 +199,17 @@ def history(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 def find_runs(root: str | Path) -> list[Path]:
     """Every run directory at or below `root`, sorted."""
     return sorted(file.parent for file in Path(root).rglob("config.toml") if (file.parent / "run.lock").exists())
+
+
+def delete_run(path: Path) -> None:
+    """Delete a run directory; InputError for a folder that is none, or one that a process is working on."""
+    identity = stored_run_id(path) if path.is_dir() else None
+    if identity is None:
+        raise InputError(f"{path} holds no run; muonlab runs list shows them")
+    RunDirectory(path, identity).close()  # refuses a run that is in progress
+    shutil.rmtree(path)
+
+
+def disk_bytes(path: Path) -> int:
+    """Bytes of all files at or below `path`."""
+    return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
