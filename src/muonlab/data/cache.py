@@ -1,0 +1,60 @@
+"""The folder for downloads and prepared data: `$MUONLAB_HOME`, or the platform's cache folder.
+
+downloads/   archives as fetched        corpora/   cleaned text        datasets/<key>/   tokens
+"""
+
+import errno
+import os
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from muonlab.errors import InputError
+
+
+def cache_home() -> Path:
+    """`$MUONLAB_HOME`, else `muonlab` in the platform's cache folder. Not created here."""
+    chosen = os.environ.get("MUONLAB_HOME")
+    if chosen:
+        return Path(chosen).expanduser().resolve()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "muonlab"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "muonlab" / "cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "muonlab"
+
+
+def cache_folder(name: str) -> Path:
+    """A folder of the cache, created."""
+    folder = cache_home() / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def write_errors() -> Iterator[None]:
+    """A cache that cannot be written (full, read-only, forbidden) becomes one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise
+        reason = error.strerror or str(error)
+        raise InputError(
+            f"cannot write the data cache {cache_home()}: {reason}; free some space or set MUONLAB_HOME to another folder"
+        ) from error
+
+
+@contextmanager
+def replacing(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """A file that appears under its name only when it is complete."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
