@@ -14,7 +14,8 @@ from muonlab.report import series, style
 from muonlab.report.reading import finals_of
 from muonlab.training.tracking import replace_file
 
-RC = {
+RC: dict[Any, Any] = {
+    "text.parse_math": False,  # a dollar sign in a name starts no formula
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
@@ -50,9 +51,8 @@ LR_KIND_COLORS = {
 
 
 def plain(text: Any) -> str:
-    """Text that matplotlib shows as it is: a dollar sign starts no formula, a leading underscore hides no label."""
-    escaped = str(text).replace("\\", "\\\\").replace("$", r"\$") if "$" in str(text) else str(text)
-    return f" {escaped}" if escaped.startswith("_") else escaped
+    """Text for a legend, which would hide what begins with an underscore."""
+    return f" {text}" if str(text).startswith("_") else str(text)
 
 
 def run_plot(run: Mapping[str, Any], path: Path) -> None:
@@ -194,7 +194,7 @@ def _sensitivity(axes: Axes, summary: Mapping[str, Any]) -> None:
     axes.set_xscale("log", base=2)
     bars = [name for name in names if series.sensitivity(trials[name])]
     for name in names:
-        style_ = {"color": color[name], "marker": style.MARKERS[slots[name]]}
+        style_: dict[str, Any] = {"color": color[name], "marker": style.MARKERS[slots[name]]}
         lrs, best = series.best_by_lr(trials[name])
         axes.plot(lrs, [min(value, top) for value in best], color=color[name], linewidth=1.2, alpha=0.75)
         for trial in trials[name]:
@@ -203,7 +203,7 @@ def _sensitivity(axes: Axes, summary: Mapping[str, Any]) -> None:
             elif trial.loss > top:
                 axes.plot(trial.lr, top + 0.05 * span, color=color[name], marker=6, markersize=6, linestyle="")
             else:
-                filled = {} if trial.stage in ("lr", "edge") else {"markerfacecolor": "white"}
+                filled: dict[str, Any] = {} if trial.stage in ("lr", "edge") else {"markerfacecolor": "white"}
                 axes.plot(trial.lr, trial.loss, markersize=5, linestyle="", **style_, **filled)
             if trial.chosen and math.isfinite(trial.loss):
                 axes.plot(trial.lr, min(trial.loss, top), "o", markersize=13, mfc="none", mec=style.INK, mew=1.3)
