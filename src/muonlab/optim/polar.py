@@ -71,42 +71,55 @@ def polar(
     method: Method = "auto",
     dtype: torch.dtype | DTypeName = "auto",
     eps: float = 0.0,
+    *,
+    overwrite: bool = False,
 ) -> Tensor:
-    """`orthogonalize` for steps that are already resolved: what the update rule calls; no checks."""
+    """`orthogonalize` for steps that are already resolved: what the update rule calls; no checks.
+
+    `overwrite`: `x` is scratch of the caller and may be changed.
+    """
     if method == "svd":
         return _svd(x)
     work = iteration_dtype(x, dtype)
     if x.numel() == 0:
         return torch.zeros_like(x, dtype=work)
+    x = normalize(x, eps, overwrite=overwrite).to(work)
     tall = x.shape[-2] > x.shape[-1]
-    wide = normalize(x.mT if tall else x, eps).to(work)
-    result = newton_schulz(wide, steps)
+    result = newton_schulz(x.mT if tall else x, steps)
     return result.mT if tall else result
 
 
-def normalize(x: Tensor, eps: float = 0.0) -> Tensor:
+def normalize(x: Tensor, eps: float = 0.0, *, overwrite: bool = False) -> Tensor:
     """`x / max(eps, Frobenius norm)` of every matrix `[..., m, n]`, in at least fp32; zero stays exactly zero.
 
-    With `eps == 0` it is scale-free over the whole range of the dtype: the largest entry is divided out first, because
-    squares of fp32 entries below 1e-19 underflow and those above 1e19 overflow.
+    With `eps == 0` it is scale-free over the whole range of the dtype, although squares of fp32 entries below 1e-19
+    underflow and those above 1e19 overflow. `overwrite` allows the result to take the place of `x`.
     """
-    x = x if x.dtype == torch.float64 else x.float()
+    work = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    divide = Tensor.div_ if overwrite or work is not x else Tensor.div
+    dims = (-2, -1)
     if eps > 0:
-        bounded: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
-        return x / bounded
-    largest = torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
-    x = x / torch.where(largest == 0, 1.0, largest)
-    norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    return x / torch.where(norm == 0, 1.0, norm)
+        return divide(work, torch.linalg.vector_norm(work, dim=dims, keepdim=True).clamp_(min=eps))
+    if work.dtype == torch.float64 or work.device.type == "mps":  # no wider type: divide the largest entry out first
+        largest = torch.maximum(work.amax(dims, keepdim=True), -work.amin(dims, keepdim=True))
+        work = divide(work, torch.where(largest == 0, 1.0, largest))
+        norm = torch.linalg.vector_norm(work, dim=dims, keepdim=True)
+        return work.div_(torch.where(norm == 0, 1.0, norm))
+    # Squares are added in fp64. The norm itself may lie outside fp32's range, its root cannot: divide by that twice.
+    root = torch.linalg.vector_norm(work, dim=dims, keepdim=True, dtype=torch.float64).sqrt_().float()
+    root = torch.where(root == 0, 1.0, root)
+    return divide(work, root).div_(root)
 
 
 def newton_schulz(x: Tensor, steps: tuple[Step, ...]) -> Tensor:
     """The polynomial steps on normalised matrices `x` [..., m, n] with m <= n, in the dtype of `x`: a*X + (b*A + c*A^2) X, A = X X^T."""
-    if x.device.type == "cpu" and x.ndim > 2 and x.shape[-2] * x.shape[-1] >= _CPU_LOOP_ELEMENTS:
-        return torch.stack([_steps_one(matrix, steps) for matrix in x.reshape(-1, *x.shape[-2:])]).view(x.shape)
     if x.ndim == 2:
         return _steps_one(x, steps)
     stack = x.reshape(-1, *x.shape[-2:])  # [k, m, n]
+    if len(stack) == 1:
+        return _steps_one(stack[0], steps).view(x.shape)
+    if x.device.type == "cpu" and x.shape[-2] * x.shape[-1] >= _CPU_LOOP_ELEMENTS:
+        return torch.stack([_steps_one(matrix, steps) for matrix in stack]).view(x.shape)
     for a, b, c in steps:
         gram = stack @ stack.mT  # [k, m, m]
         if c:

@@ -50,10 +50,8 @@ class SophiaG(HybridOptimizer):
                 for param in group["params"]:
                     if param.grad is not None:
                         state = self._state(param, rules.ELEMENTWISE["sophia"].state)
-                        new = rules.sophia_curvature(
-                            state["hessian"], param.grad, beta2=group["betas"][1], tokens=tokens
-                        )
-                        state["hessian"].copy_(new)
+                        beta2 = group["betas"][1]
+                        rules.advance_curvature(state["hessian"], param.grad, beta2=beta2, tokens=tokens)
         finally:
             for param, grad in zip(params, kept):
                 param.grad = grad

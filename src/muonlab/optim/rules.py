@@ -1,7 +1,8 @@
-"""Update rules as pure functions of stacks: (gradient, state, hyper-parameters) -> (update, new state).
+"""Update rules as functions of stacks: (gradient, state, hyper-parameters) -> update.
 
 Tensors are `[..., *shape]`; leading axes are independent parameters (layers of one shape, experts, replicas of a sweep).
-Every hyper-parameter may be a number or a tensor that broadcasts along them. Nothing is changed in place here; the one
+Every hyper-parameter may be a number or a tensor that broadcasts along them. A rule advances its state in place (a second
+copy of it would cost as much memory as the state), changes nothing else, and knows neither learning rate nor decay: the one
 function that changes a parameter is `apply_update_`, the same for all rules: `param -= shrink * param + step_size * update`.
 """
 
@@ -31,49 +32,42 @@ def muon(
     method: Method = "auto",
     dtype: torch.dtype | DTypeName = "auto",
     eps: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> Tensor:
     """Orthogonalised momentum of matrices `grad` [..., m, n]; state: `momentum_buffer` like `grad`.
 
-    The momentum is an exponential moving average (`B = mu B + (1 - mu) G`) or heavy-ball (`B = mu B + G`); the update has
-    spectral norm about 1 and is not yet scaled (`scaling.scale_factor`).
+    The update has spectral norm about 1 and is not yet scaled (`scaling.scale_factor`).
     Source: Keller Jordan, https://kellerjordan.github.io/posts/muon/.
     """
-    buffer, direction = momentum_update(
-        state["momentum_buffer"], grad, momentum, nesterov=nesterov, heavy_ball=heavy_ball
-    )
-    return polar(direction, steps, method, dtype, eps), {"momentum_buffer": buffer}
+    direction = advance_momentum(grad, state["momentum_buffer"], momentum, nesterov=nesterov, heavy_ball=heavy_ball)
+    # With Nesterov momentum the direction is a tensor of its own, otherwise it is the buffer.
+    return polar(direction, steps, method, dtype, eps, overwrite=nesterov)
 
 
-def momentum_update(
-    buffer: Tensor, grad: Tensor, momentum: Number, *, nesterov: bool, heavy_ball: bool
-) -> tuple[Tensor, Tensor]:
-    """(new buffer, direction to follow), both in the dtype of `buffer`."""
+def advance_momentum(grad: Tensor, buffer: Tensor, momentum: Number, *, nesterov: bool, heavy_ball: bool) -> Tensor:
+    """Advances `buffer` in place and returns the direction to follow (`buffer` itself without Nesterov).
+
+    An exponential moving average, `B = mu B + (1 - mu) G`, or heavy-ball momentum, `B = mu B + G`.
+    """
     grad = grad.to(buffer.dtype)
     if heavy_ball:
-        buffer = buffer * momentum + grad
-        return buffer, grad + buffer * momentum if nesterov else buffer
-    buffer = torch.lerp(buffer, grad, _weight(1 - momentum, buffer))
-    return buffer, torch.lerp(grad, buffer, _weight(momentum, buffer)) if nesterov else buffer
+        buffer.mul_(momentum).add_(grad)
+        return grad + buffer * momentum if nesterov else buffer
+    buffer.lerp_(grad, _weight(1 - momentum, buffer))
+    return torch.lerp(grad, buffer, _weight(momentum, buffer)) if nesterov else buffer
 
 
-def adamw(
-    grad: Tensor, state: State, *, step: Tensor, betas: tuple[Number, Number], eps: Number
-) -> tuple[Tensor, dict[str, Tensor]]:
+def adamw(grad: Tensor, state: State, *, step: Tensor, betas: tuple[Number, Number], eps: Number) -> Tensor:
     """Adam's update with bias correction; state: `exp_avg`, `exp_avg_sq`. `step` counts this update (from 1), broadcastable.
 
     Source: https://arxiv.org/abs/1711.05101; the arithmetic of torch.optim.AdamW to rounding.
     """
     beta1, beta2 = betas
-    grad = grad.to(state["exp_avg"].dtype)
-    mean = torch.lerp(state["exp_avg"], grad, _weight(1 - beta1, grad))
-    square = state["exp_avg_sq"] * beta2
-    square = (
-        torch.addcmul(square, grad, grad, value=1 - beta2)
-        if isinstance(beta2, float)
-        else square + grad * grad * (1 - beta2)
-    )
-    denominator = (square / bias_correction(beta2, step)).sqrt_() + eps
-    return mean / (denominator * bias_correction(beta1, step)), {"exp_avg": mean, "exp_avg_sq": square}
+    mean, square = state["exp_avg"], state["exp_avg_sq"]
+    grad = grad.to(mean.dtype)
+    mean.lerp_(grad, _weight(1 - beta1, mean))
+    square.mul_(beta2).add_((grad * grad).mul_(1 - beta2))
+    denominator = (square / bias_correction(beta2, step)).sqrt_().add_(eps).mul_(bias_correction(beta1, step))
+    return torch.div(mean, denominator, out=denominator)
 
 
 def bias_correction(beta: Number, step: Tensor) -> Tensor:
@@ -82,43 +76,41 @@ def bias_correction(beta: Number, step: Tensor) -> Tensor:
     return -torch.expm1(step * log_beta)
 
 
-def lion(grad: Tensor, state: State, *, betas: tuple[Number, Number]) -> tuple[Tensor, dict[str, Tensor]]:
+def lion(grad: Tensor, state: State, *, betas: tuple[Number, Number]) -> Tensor:
     """Sign of an interpolated momentum; state: `exp_avg`. Source: https://arxiv.org/abs/2302.06675."""
     beta1, beta2 = betas
     mean = state["exp_avg"]
     grad = grad.to(mean.dtype)
     update = torch.lerp(mean, grad, _weight(1 - beta1, mean)).sign_()
-    return update, {"exp_avg": torch.lerp(mean, grad, _weight(1 - beta2, mean))}
+    mean.lerp_(grad, _weight(1 - beta2, mean))
+    return update
 
 
-def sophia(
-    grad: Tensor, state: State, *, betas: tuple[Number, Number], rho: Number, eps: Number
-) -> tuple[Tensor, dict[str, Tensor]]:
+def sophia(grad: Tensor, state: State, *, betas: tuple[Number, Number], rho: Number, eps: Number) -> Tensor:
     """Momentum over an estimate of the diagonal curvature, clipped to [-1, 1]; state: `exp_avg`, `hessian`.
 
     `hessian` is an average of Gauss-Newton-Bartlett estimates and changes only when new estimates are given
-    (`sophia_curvature`); while it is zero the update is the sign of the momentum.
+    (`advance_curvature`); while it is zero the update is the sign of the momentum.
     Source: https://arxiv.org/abs/2305.14342, Algorithm 3.
     """
-    mean = torch.lerp(state["exp_avg"], grad.to(state["exp_avg"].dtype), _weight(1 - betas[0], state["exp_avg"]))
-    update = (mean / (rho * state["hessian"] + eps)).clamp_(-1, 1)
-    return update, {"exp_avg": mean, "hessian": state["hessian"]}
+    mean = state["exp_avg"]
+    mean.lerp_(grad.to(mean.dtype), _weight(1 - betas[0], mean))
+    return (mean / (rho * state["hessian"] + eps)).clamp_(-1, 1)
 
 
-def sophia_curvature(hessian: Tensor, sampled_grad: Tensor, *, beta2: Number, tokens: Number) -> Tensor:
-    """New average of the Gauss-Newton-Bartlett estimate `tokens * g * g`.
+def advance_curvature(hessian: Tensor, sampled_grad: Tensor, *, beta2: Number, tokens: Number) -> None:
+    """Moves `hessian` in place towards the Gauss-Newton-Bartlett estimate `tokens * g * g`.
 
     `sampled_grad` is the gradient of the *mean* loss over `tokens` positions on labels drawn from the model itself.
     Source: https://arxiv.org/abs/2305.14342, Algorithm 2.
     """
     sampled = sampled_grad.to(hessian.dtype)
-    return torch.lerp(hessian, sampled * sampled * tokens, _weight(1 - beta2, hessian))
+    hessian.lerp_(sampled * sampled * tokens, _weight(1 - beta2, hessian))
 
 
-def sgd(grad: Tensor, state: State, *, momentum: Number, nesterov: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def sgd(grad: Tensor, state: State, *, momentum: Number, nesterov: bool) -> Tensor:
     """Heavy-ball momentum as in torch.optim.SGD without dampening; state: `momentum_buffer`."""
-    buffer, direction = momentum_update(state["momentum_buffer"], grad, momentum, nesterov=nesterov, heavy_ball=True)
-    return direction, {"momentum_buffer": buffer}
+    return advance_momentum(grad, state["momentum_buffer"], momentum, nesterov=nesterov, heavy_ball=True)
 
 
 def apply_update_(
@@ -143,7 +135,7 @@ def apply_update_(
 class Rule:
     """An update rule for entries one by one: its function, its state and the group options that the function reads."""
 
-    update: Callable[..., tuple[Tensor, dict[str, Tensor]]]
+    update: Callable[..., Tensor]
     state: tuple[str, ...]
     """Names of state tensors, each like the parameter, zero at first."""
     options: tuple[str, ...]

@@ -64,7 +64,7 @@ def matrices_at_once(group: Mapping[str, Any], bucket: list[Stack]) -> int:
 def update_matrices(chunk: list[Stack], group: Mapping[str, Any]) -> None:
     """Momentum, orthogonalisation, scale, decay and application for one stack of equal shape: the seam for faster kernels."""
     momentum = _gather([stack.momentum for stack in chunk])
-    update, state = rules.muon(
+    update = rules.muon(
         _gather([stack.grad for stack in chunk]),
         {"momentum_buffer": momentum},
         momentum=group["momentum"],
@@ -77,8 +77,8 @@ def update_matrices(chunk: list[Stack], group: Mapping[str, Any]) -> None:
     lr = group["lr"]
     factor = scale_factor(group["scale"], *params.shape[-2:])
     rules.apply_update_(params, update, step_size=lr * factor, shrink=lr * group["weight_decay"])
-    _scatter(state["momentum_buffer"], [stack.momentum for stack in chunk])
     if len(chunk) > 1:
+        _scatter(momentum, [stack.momentum for stack in chunk])
         _scatter(params, [stack.param for stack in chunk])
 
 
@@ -104,10 +104,8 @@ def update_entries(
     pieces = [[torch.stack(column) for column in columns]] if stacked else _pieces([column[0] for column in columns])
     lr = group["lr"]
     for param, grad, *state in pieces:
-        update, new = rule.update(grad, dict(zip(rule.state, state)), **hyper)
+        update = rule.update(grad, dict(zip(rule.state, state)), **hyper)
         rules.apply_update_(param, update, step_size=lr, shrink=lr * group["weight_decay"])
-        for name, target in zip(rule.state, state):
-            target.copy_(new[name])
         if stacked:
             for stack, column in zip((param, *state), (params, *columns[2:])):
                 torch._foreach_copy_(column, list(stack.unbind(0)))
