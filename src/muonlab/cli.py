@@ -52,9 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not hasattr(options, "command"):
             parser().print_help()
             return 0
-        if rest and not options.takes_overrides:
+        # Names come before flags; argparse would take a flag's value for one, since it does not know the typed flags.
+        flags = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
+        options.names, options.rest = rest[:flags], rest[flags:]
+        if rest and (not options.takes_overrides or flags > options.most_names):
             raise InputError(f"unknown argument {rest[0]!r}; see muonlab {arguments[0]} --help")
-        options.rest = rest
         return int(options.command(options) or 0)
     except InputError as error:
         print(f"muonlab: {error}", file=sys.stderr)
@@ -90,51 +92,106 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"muonlab {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", parser_class=OneLineParser)
 
-    def add(name: str, call: Callable[[Any], int | None], summary: str, example: str, overrides: bool = False) -> Any:
+    def add(
+        name: str,
+        call: Callable[[Any], int | None],
+        summary: str,
+        example: str,
+        overrides: bool = False,
+        names: str = "",
+        most_names: int = 0,
+    ) -> Any:
         command = commands.add_parser(
             name,
+            usage=f"muonlab {name} {names}[options]" if overrides else None,
             help=summary,
-            description=summary + "." + (" Any field of the configuration is a flag: --optimizer.lr 0.01, --model.n-layers 6 (see --fields)." if overrides else ""),
+            description=summary
+            + "."
+            + (
+                " Any field of the configuration is a flag: --optimizer.lr 0.01, --model.n-layers 6 (see --fields)."
+                if overrides
+                else ""
+            ),
             epilog=f"example: {example}",
             allow_abbrev=False,
         )
-        command.set_defaults(command=call, takes_overrides=overrides)
+        command.set_defaults(command=call, takes_overrides=overrides, most_names=most_names)
         return command
 
-    train = add("train", cmd_train, "train one run, or go on with it", "muonlab train --model micro --optimizer muon --lr 0.02", True)
-    train.add_argument("file", nargs="?", help="a TOML configuration; a run's own config.toml resumes it")
+    train = add(
+        "train",
+        cmd_train,
+        "train one run, or go on with it",
+        "muonlab train --model micro --optimizer muon --lr 0.02",
+        True,
+        "[FILE.toml] ",
+        1,
+    )
     train.add_argument("--optimizer", metavar="NAME", help="a registered optimizer")
     add_run_flags(train)
     train.add_argument("--allow-version-change", action="store_true", help="resume a run that other code began")
 
-    compare = add("compare", cmd_compare, "is one optimizer better than another, with equal budgets and error bars", "muonlab compare muon adamw --quick", True)
-    compare.add_argument("optimizers", nargs="*", metavar="OPTIMIZER", help="two or more; the last is the reference")
+    compare = add(
+        "compare",
+        cmd_compare,
+        "is one optimizer better than another, with equal budgets and error bars",
+        "muonlab compare muon adamw --quick",
+        True,
+        "CANDIDATE... REFERENCE ",
+        99,
+    )
     compare.add_argument("--quick", action="store_true", help="the profile of make quick: minutes on two cores")
     compare.add_argument("--trials", type=int, help="tuning runs per optimizer")
     compare.add_argument("--seeds", type=int, help="final runs per optimizer")
     compare.add_argument("--updates", type=int, help="updates of every run")
-    compare.add_argument("--lr-center", action="append", default=[], metavar="NAME=LR", help="centre of a learning-rate search")
-    compare.add_argument("--workers", type=int, help="processes that run at a time (default: one per core, one on a GPU)")
-    compare.add_argument("--fresh", action="store_true", help="delete what an earlier call of this comparison left and begin anew")
+    compare.add_argument(
+        "--lr-center", action="append", default=[], metavar="NAME=LR", help="centre of a learning-rate search"
+    )
+    compare.add_argument(
+        "--workers", type=int, help="processes that run at a time (default: one per core, one on a GPU)"
+    )
+    compare.add_argument(
+        "--fresh", action="store_true", help="delete what an earlier call of this comparison left and begin anew"
+    )
     add_run_flags(compare)
 
     listing = add("list", cmd_list, "optimizers, models, corpora, schedules, losses", "muonlab list optimizers")
     listing.add_argument("what", nargs="?", help="only this kind")
 
-    inspect = add("inspect", cmd_inspect, "parameters, FLOPs, routing and memory of a model", "muonlab inspect --model moe-79m", True)
+    inspect = add(
+        "inspect",
+        cmd_inspect,
+        "parameters, FLOPs, routing and memory of a model",
+        "muonlab inspect --model moe-79m",
+        True,
+    )
     inspect.add_argument("--model", metavar="NAME", default="micro")
     inspect.add_argument("--optimizer", metavar="NAME", default="muon")
 
-    data = add("data", cmd_data, "fetch, split and tokenize a corpus for later use without a network", "muonlab data prepare enwik8", True)
+    data = add(
+        "data",
+        cmd_data,
+        "fetch, split and tokenize a corpus for later use without a network",
+        "muonlab data prepare enwik8",
+        True,
+        "{prepare,list} [CORPUS] ",
+        1,
+    )
     data.add_argument("action", choices=["prepare", "list"])
-    data.add_argument("corpus", nargs="?")
 
-    runs = add("runs", cmd_runs, "list, compare or delete runs, and the disk they use", "muonlab runs diff runs/a runs/b")
+    runs = add(
+        "runs", cmd_runs, "list, compare or delete runs, and the disk they use", "muonlab runs diff runs/a runs/b"
+    )
     runs.add_argument("action", choices=["list", "diff", "delete", "disk"], nargs="?", default="list")
     runs.add_argument("paths", nargs="*")
     runs.add_argument("--root", default="runs")
 
-    report = add("report", cmd_report, "draw the figures and the page of finished runs or comparisons again", "muonlab report runs/compare-muon-adamw-1a2b3c4d")
+    report = add(
+        "report",
+        cmd_report,
+        "draw the figures and the page of finished runs or comparisons again",
+        "muonlab report runs/compare-muon-adamw-1a2b3c4d",
+    )
     report.add_argument("paths", nargs="+")
 
     add("doctor", cmd_doctor, "what muonlab finds on this machine", "muonlab doctor")
@@ -143,7 +200,9 @@ def parser() -> argparse.ArgumentParser:
 
 def add_run_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", metavar="NAME", help="a preset")
-    command.add_argument("-o", "--output", metavar="DIR", help="folder of this run or comparison (default: one under ./runs)")
+    command.add_argument(
+        "-o", "--output", metavar="DIR", help="folder of this run or comparison (default: one under ./runs)"
+    )
     command.add_argument("--dry-run", action="store_true", help="say what would be done, and how long it would take")
     command.add_argument("--quiet", action="store_true", help="print the result alone")
     command.add_argument("--fields", action="store_true", help="list every field of the configuration with its flag")
@@ -161,15 +220,20 @@ def cmd_train(options: Any) -> int:
     from muonlab.training.estimate import seconds_per_update
     from muonlab.training.loop import interruptible, run
 
-    values = read_toml(options.file) if options.file else {}
+    file = options.names[0] if options.names else None
+    values = read_toml(file) if file else {}
     named = {"model": options.model, "optimizer": options.optimizer}
     values = merge(values, {key: value for key, value in named.items() if value is not None})
-    config = from_dict(values, options.file or "configuration")
+    config = from_dict(values, file or "configuration")
     overrides = read_overrides(config, options)
-    config = from_dict(merge(values, overrides) if not isinstance(values.get("optimizer"), str) else merge(config.to_dict(), overrides))
+    config = from_dict(
+        merge(values, overrides) if not isinstance(values.get("optimizer"), str) else merge(config.to_dict(), overrides)
+    )
     if options.dry_run:
         seconds = seconds_per_update(config)
-        print(f"{config.training.updates} updates of {config.tokens_per_update} tokens at {seconds:.3f} s: {clock(seconds * config.training.updates)}")
+        print(
+            f"{config.training.updates} updates of {config.tokens_per_update} tokens at {seconds:.3f} s: {clock(seconds * config.training.updates)}"
+        )
         return 0
     console = Console()
     progress = RunProgress(config.training.updates, console, options.quiet)
@@ -178,7 +242,7 @@ def cmd_train(options: Any) -> int:
             config,
             directory=options.output,
             allow_version_change=options.allow_version_change,
-            fallback=not options.file and default_corpus(config),
+            fallback=not file and default_corpus(config),
             progress=not options.quiet,
             on_event=progress,
             should_stop=stop.is_set,
@@ -189,7 +253,9 @@ def cmd_train(options: Any) -> int:
     for notice in metrics["data"]["notices"]:
         print(notice)
     final = ", ".join(f"{split} loss {row['cross_entropy']:.4f}" for split, row in metrics["final"].items())
-    print(f"{metrics['status']} after {metrics['updates']} updates in {clock(metrics['seconds']['training'])} of training: {final}")
+    print(
+        f"{metrics['status']} after {metrics['updates']} updates in {clock(metrics['seconds']['training'])} of training: {final}"
+    )
     if metrics["message"]:
         print(metrics["message"])
     print(f"run: {directory}\nresume or repeat: {resume}")
@@ -208,7 +274,7 @@ def cmd_compare(options: Any) -> int:
     from muonlab.training.estimate import seconds_per_update
     from muonlab.training.loop import interruptible
 
-    names = options.optimizers or ["muon", "adamw"]
+    names = options.names or ["muon", "adamw"]
     profile = "quick" if options.quick else "standard"
     values: dict[str, Any] = {"model": options.model or "micro"}
     overrides = read_overrides(from_dict(values), options)
@@ -307,7 +373,7 @@ def read_overrides(config: Any, options: Any) -> dict[str, Any]:
         lines = [line.strip("│╭╰─╮╯ ").strip() for line in complaint.getvalue().splitlines()]
         told = next((line for line in lines if line and "error" not in line.lower()[:13]), None)
         told = next((line for line in lines if line.startswith("Error parsing")), told or "cannot read the flags")
-        raise InputError(told) from None
+        raise InputError(told.removeprefix("Error parsing ")) from None
     return difference(config.to_dict(), changed.to_dict())
 
 
@@ -381,10 +447,10 @@ def cmd_data(options: Any) -> None:
 
     if options.action == "list":
         for entry in cached_datasets():
-            print(f"{size(entry.bytes):>10}  {entry.corpus}  {entry.path}")
+            print(f"{size(entry['size']):>10}  {entry.get('corpus', '?'):12s}  {entry['path']}")
         return
     options.fields = False
-    config = from_dict({"data": {"corpus": options.corpus}} if options.corpus else {})
+    config = from_dict({"data": options.names[0]} if options.names else {})
     from muonlab.training.config import merge
 
     dataset = prepare(from_dict(merge(config.to_dict(), read_overrides(config, options))).data, progress=True)
@@ -447,7 +513,7 @@ def cmd_doctor(options: Any) -> None:
     print(f"triton    {'found' if importlib.util.find_spec('triton') else 'not installed (plain torch is used)'}")
     print(f"threads   {torch.get_num_threads()} of {cores()} cores")
     cached = list(cached_datasets())
-    print(f"cache     {cache_home()} ({len(cached)} data sets, {size(sum(entry.bytes for entry in cached))})")
+    print(f"cache     {cache_home()} ({len(cached)} data sets, {size(sum(entry['size'] for entry in cached))})")
     extras = {"lab": "tokenizers", "hub": "datasets", "wandb": "wandb", "tensorboard": "tensorboard"}
     missing = [name for name, module in extras.items() if importlib.util.find_spec(module) is None]
     print(f"extras    missing: {', '.join(missing) or 'none'}")

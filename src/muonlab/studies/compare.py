@@ -5,15 +5,16 @@ import json
 import statistics as plain_statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from muonlab.data import Dataset
 from muonlab.errors import InputError, unknown
 from muonlab.optim.registry import OPTIMIZERS
 from muonlab.studies.executor import Executor, Job, OnProgress
 from muonlab.studies.search import Point, Search
-from muonlab.studies.statistics import compare_paired, edge_of_range, median_to_target, to_target
+from muonlab.studies.statistics import compare_paired, median_to_target, to_target
 from muonlab.training.config import RunConfig, from_dict, merge
 from muonlab.training.loop import resolve
 from muonlab.training.tracking import read_run, versions, write_json
@@ -127,9 +128,20 @@ def make_plan(
     return Plan(tuple(optimizers), from_dict(values), chosen, profile, centers)
 
 
+def resolve_plan(plan: Plan, *, fallback: bool = False, progress: bool = True) -> tuple[Plan, Dataset]:
+    """The plan with its data prepared and every `auto` decided, which is what its identity stands for."""
+    base, dataset = resolve(plan.base, fallback=fallback, progress=progress)
+    return replace(plan, base=base), dataset
+
+
+def comparison_directory(plan: Plan, root: str | Path = "runs") -> Path:
+    """Where a resolved plan's comparison lies unless told otherwise."""
+    return Path(root) / f"compare-{'-'.join(plan.optimizers)}-{plan.identity}"
+
+
 def compare(
     plan: Plan,
-    directory: str | Path,
+    directory: str | Path | None = None,
     *,
     workers: int = 0,
     command: str = "",
@@ -139,12 +151,11 @@ def compare(
     """Run a comparison and return its summary, also written to `comparison_summary.json` in `directory`.
 
     Runs lie in `directory/runs`; what is finished there is not run again, so that a stopped comparison goes on where it
-    was. The base must say how many threads a run uses; `workers` processes run at a time (0: this one).
+    was. `workers` processes run at a time (0: this one), each with the threads that the base says.
     """
     started = time.perf_counter()
-    directory = Path(directory)
-    base, dataset = resolve(plan.base, fallback=fallback)
-    plan = Plan(plan.optimizers, base, plan.budget, plan.profile, plan.centers)
+    plan, dataset = resolve_plan(plan, fallback=fallback, progress=False)
+    directory = comparison_directory(plan) if directory is None else Path(directory)
     names = labels(plan.optimizers)
     _claim(directory, plan)
     trials: list[dict[str, Any]] = []
@@ -197,7 +208,9 @@ def _claim(directory: Path, plan: Plan) -> None:
     if file.exists():
         found = json.loads(file.read_text(encoding="utf-8")).get("identity")
         if found != plan.identity:
-            raise InputError(f"{directory} holds another comparison ({found}, this is {plan.identity}); choose another --output")
+            raise InputError(
+                f"{directory} holds another comparison ({found}, this is {plan.identity}); choose another --output"
+            )
         return
     try:
         if directory.exists() and any(directory.iterdir()):
@@ -271,8 +284,21 @@ def _summary(
         for n in names
         if searches[n].at_edge
     ]
-    flags += [f"{t['optimizer']}: trial {t['index']} {t['status']} ({t['message']})" for t in trials if t["status"] != "finished"]
-    flags += [f"{f['optimizer']}: seed {f['seed']} {f['status']} ({f['message']})" for f in finals if f["status"] != "finished"]
+    flags += [
+        f"{n}: every trial diverged; centre its search lower with --lr-center {n}=LR"
+        for n in names
+        if searches[n].diverged
+    ]
+    flags += [
+        f"{t['optimizer']}: trial {t['index']} {t['status']} ({t['message']})"
+        for t in trials
+        if t["status"] != "finished"
+    ]
+    flags += [
+        f"{f['optimizer']}: seed {f['seed']} {f['status']} ({f['message']})"
+        for f in finals
+        if f["status"] != "finished"
+    ]
     flags += data["notices"]
     return {
         "schema": 1,
@@ -309,7 +335,9 @@ def _summary(
                 "values": {k: v for k, v in asdict(searches[n].best).items() if k != "stage" and v is not None},
                 "options": searches[n].best.options(n.split("#")[0]),
                 "trial": next(
-                    t["index"] for t in trials if t["optimizer"] == n and t["tune_cross_entropy"] == searches[n].losses[searches[n].best]
+                    t["index"]
+                    for t in trials
+                    if t["optimizer"] == n and t["tune_cross_entropy"] == searches[n].losses[searches[n].best]
                 ),
                 "edge": searches[n].at_edge,
             }

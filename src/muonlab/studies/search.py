@@ -70,15 +70,17 @@ class Search:
 
     @property
     def best(self) -> Point:
-        """The point with the lowest loss; InputError while nothing was told or everything diverged."""
-        finite = {point: loss for point, loss in self.losses.items() if math.isfinite(loss)}
-        if not finite:
-            raise InputError(f"every trial of {self.optimizer} diverged; centre its learning rate lower with --lr-center")
-        return min(finite, key=lambda point: (finite[point], point.lr))
+        """The point with the lowest loss, the lowest learning rate at ties: where everything diverged, the gentlest."""
+        return min(self.losses, key=lambda point: (self.losses[point], point.lr))
+
+    @property
+    def diverged(self) -> bool:
+        """Whether no trial finished."""
+        return all(math.isinf(loss) for loss in self.losses.values())
 
     @property
     def at_edge(self) -> bool:
-        """Whether the best learning rate is the lowest or highest tried."""
+        """Whether the best learning rate is the lowest or highest tried: a wider range may hold a better one."""
         tried = [point.lr for point in self.losses]
         return len(set(tried)) > 1 and self.best.lr in (min(tried), max(tried))
 
@@ -95,7 +97,7 @@ class Search:
 
     def _plan(self) -> None:
         """Fill the queue with the next stage, all results being in."""
-        if all(math.isinf(loss) for loss in self.losses.values()):
+        if self.diverged:
             self._queue = [Point("edge", min(point.lr for point in self.losses) / STEP)]
             return
         best = self.best

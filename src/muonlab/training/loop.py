@@ -77,7 +77,9 @@ def run(
         if done is not None:
             return done
         torch.set_num_threads(config.training.threads)
-        return Loop(config, dataset, identity, files, on_event).train(should_stop or (lambda: False), allow_version_change)
+        return Loop(config, dataset, identity, files, on_event).train(
+            should_stop or (lambda: False), allow_version_change
+        )
     finally:
         files.close()
 
@@ -151,9 +153,7 @@ class Loop:
         """Make update number `self.made`, record it, and say why the run has diverged if it has."""
         config, training = self.config, self.config.training
         start = time.perf_counter()
-        inputs, targets, ids = batch(
-            self.dataset.train, config.model.seq_len, self.sequences, config.seed, self.made
-        )
+        inputs, targets, ids = batch(self.dataset.train, config.model.seq_len, self.sequences, config.seed, self.made)
         inputs, targets = inputs.to(self.device), targets.to(self.device)
         ids = ids if ids is None else ids.to(self.device)
         set_lr(self.optimizer, config.schedule.factor(self.made, training.updates))
@@ -214,7 +214,9 @@ class Loop:
         if state is None:
             return
         if state["run_id"] != self.identity:
-            raise InputError(f"{self.files.path / checkpoint.NAME} belongs to run {state['run_id']}, not {self.identity}")
+            raise InputError(
+                f"{self.files.path / checkpoint.NAME} belongs to run {state['run_id']}, not {self.identity}"
+            )
         if state["code"] != versions()["code"] and not allow_version_change:
             raise InputError(
                 f"{self.files.path} was begun by another version of the code ({state['code']}, this is "

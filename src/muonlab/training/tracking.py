@@ -142,7 +142,9 @@ def stored_run_id(path: Path) -> str | None:
     except FileNotFoundError:
         strangers = [entry.name for entry in path.iterdir() if entry.name != "run.lock"]
         if strangers:
-            raise InputError(f"{path} is not empty and holds no run ({strangers[0]}); choose another --output") from None
+            raise InputError(
+                f"{path} is not empty and holds no run ({strangers[0]}); choose another --output"
+            ) from None
         return None
     return first.removeprefix("# muonlab run ").strip()
 
@@ -163,7 +165,9 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         except json.JSONDecodeError:
             if number == len(lines):  # no newline behind it: the write was cut off
                 return
-            raise InputError(f"{path / 'metrics.jsonl'} is damaged at line {number}; delete the run or restore it") from None
+            raise InputError(
+                f"{path / 'metrics.jsonl'} is damaged at line {number}; delete the run or restore it"
+            ) from None
 
 
 def read_run(path: str | Path) -> dict[str, Any]:
