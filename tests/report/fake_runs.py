@@ -31,7 +31,12 @@ def fake_run(directory, optimizer="muon", *, lr=0.02, seed=1, updates=100, statu
     diverged_at = updates // 3 if status == "diverged" else updates + 1
 
     def curve(update):
-        return floor + (7.6 - floor) * math.exp(-6 * update / updates) - 0.25 * (1 - update / updates) * (update > 0) + 0.25 * (1 - update / updates)
+        return (
+            floor
+            + (7.6 - floor) * math.exp(-6 * update / updates)
+            - 0.25 * (1 - update / updates) * (update > 0)
+            + 0.25 * (1 - update / updates)
+        )
 
     train, evals = [], []
     for update in range(updates + 1):
@@ -41,15 +46,33 @@ def fake_run(directory, optimizer="muon", *, lr=0.02, seed=1, updates=100, statu
         value = curve(update) if update < diverged_at else None
         if update:
             schedule = min(1, update / 5) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * update / updates)))
-            rates = {"hidden": lr * schedule, "embedding": 0.003 * schedule, "vector": lr * schedule, "head": 0.003 * schedule}
+            rates = {
+                "hidden": lr * schedule,
+                "embedding": 0.003 * schedule,
+                "vector": lr * schedule,
+                "head": 0.003 * schedule,
+            }
             loss = None if value is None else value + chance.gauss(0, 0.06)
-            train.append({**clock, "loss": loss, "objective": loss, "lr": rates, "grad_norm": 1 + 3 * math.exp(-update / 9)})
+            train.append(
+                {**clock, "loss": loss, "objective": loss, "lr": rates, "grad_norm": 1 + 3 * math.exp(-update / 9)}
+            )
         if update % max(1, updates // (points or 10)) == 0 and value is not None:
             for split, extra in (("tune", 0.0), ("report", 0.01)):
                 ce = value + extra
-                evals.append({**clock, "split": split, "cross_entropy": ce, "bits_per_byte": ce / 2.7 / math.log(2), "perplexity": math.exp(ce), "accuracy": 0.35 * (1 - math.exp(-3 * update / updates))})
+                evals.append(
+                    {
+                        **clock,
+                        "split": split,
+                        "cross_entropy": ce,
+                        "bits_per_byte": ce / 2.7 / math.log(2),
+                        "perplexity": math.exp(ce),
+                        "accuracy": 0.35 * (1 - math.exp(-3 * update / updates)),
+                    }
+                )
     rows = [{"kind": "train", **row} for row in train] + [{"kind": "eval", **row} for row in evals]
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda r: r["update"])))
+    (directory / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda r: r["update"]))
+    )
     (directory / "config.toml").write_text(f"# muonlab run fake-{seed}\n")
     final = {row["split"]: row for row in evals}
     metrics = {
@@ -79,13 +102,18 @@ def fake_comparison(root, optimizers=("muon", "adamw"), *, seeds=3, diverged=(),
     trials, finals, chosen = [], [], {}
     for optimizer in optimizers:
         center = BEST.get(optimizer, 0.01) * (4 if edge else 1)
-        plan = [("lr", center * 10 ** (k / 2), 1.0) for k in (-1, 0, 1)] + [("auxiliary", center, 1 / 3), ("auxiliary", center, 3.0)]
+        plan = [("lr", center * 10 ** (k / 2), 1.0) for k in (-1, 0, 1)] + [
+            ("auxiliary", center, 1 / 3),
+            ("auxiliary", center, 3.0),
+        ]
         plan += [("sobol", center * 1.3**k, 1.0) for k in range(1, sobol + 1)]
         results = []
         for index, (stage, lr, auxiliary) in enumerate(plan):
             status = "diverged" if (optimizer, index) in diverged else "finished"
             directory = f"trials/{index:02d}-{abs(hash(optimizer)) if '/' in optimizer else optimizer}"
-            metrics = fake_run(root / directory, optimizer, lr=lr, seed=0, status=status, updates=updates, points=points, **run_options)
+            metrics = fake_run(
+                root / directory, optimizer, lr=lr, seed=0, status=status, updates=updates, points=points, **run_options
+            )
             loss = metrics["final"]["tune"]["cross_entropy"] + 0.02 * (auxiliary != 1) if status == "finished" else None
             results.append((loss if loss is not None else math.inf, index, lr))
             values = {"lr": lr, "embedding_lr": lr * auxiliary, "head_lr": lr * auxiliary}
@@ -94,10 +122,14 @@ def fake_comparison(root, optimizers=("muon", "adamw"), *, seeds=3, diverged=(),
         chosen[optimizer] = {"values": {"lr": lr, "embedding_lr": lr, "head_lr": lr}, "trial": trial, "edge": edge}
         for seed in range(1, seeds + 1):
             directory = f"finals/{seed}-{abs(hash(optimizer)) if '/' in optimizer else optimizer}"
-            metrics = fake_run(root / directory, optimizer, lr=lr, seed=seed, updates=updates, points=points, **run_options)
+            metrics = fake_run(
+                root / directory, optimizer, lr=lr, seed=seed, updates=updates, points=points, **run_options
+            )
             report = metrics["final"]["report"]
             finals.append({"optimizer": optimizer, "seed": seed, "status": "finished", "report_cross_entropy": report["cross_entropy"], "bits_per_byte": report["bits_per_byte"], "seconds": 13.1, "directory": directory})  # fmt: skip
-    losses = {name: {f["seed"]: f["report_cross_entropy"] for f in finals if f["optimizer"] == name} for name in optimizers}
+    losses = {
+        name: {f["seed"]: f["report_cross_entropy"] for f in finals if f["optimizer"] == name} for name in optimizers
+    }
     verdicts, to_target = [], []
     for candidate in optimizers[:-1]:
         judged = statistics.compare_paired(losses[candidate], losses[base])

@@ -137,6 +137,7 @@ def lr_sensitivity(material: Material) -> dict[str, Any] | None:
                 "marker": {
                     "color": [look["color"] if full or not fine else "white" for full, fine in zip(swept, ok)],
                     "symbol": [look["symbol"] if fine else "x-thin" for fine in ok],
+                    "opacity": 1,
                     "size": [9 if fine else 10 for fine in ok],
                     "line": {"color": look["color"], "width": [1.5 if fine else 3 for fine in ok]},
                 },

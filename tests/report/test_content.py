@@ -1,0 +1,202 @@
+"""What the figures and the page say, checked on numbers that are known."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from muonlab.report import html, interactive, series, style
+from muonlab.report.differences import differing, flat, routing_rules
+from muonlab.report.reading import Material, read_comparison
+from muonlab.report.threats import threats
+
+
+def run(seed, losses, status="finished", split="report"):
+    rows = [
+        {"update": 10 * i, "tokens": 100 * i, "seconds": 1.0 * i * seed, "split": split, "cross_entropy": loss}
+        for i, loss in enumerate(losses)
+    ]
+    return {"seed": seed, "status": status, "history": {"train": [], "eval": rows}}
+
+
+def test_the_mean_curve_joins_the_seeds_at_the_updates_that_all_have():
+    curve = series.mean_curve(
+        [run(1, [4.0, 3.0, 2.0]), run(2, [5.0, 3.5]), run(3, [9.0, 9.0], status="diverged")], "report"
+    )
+    assert curve.updates == [0, 10]
+    assert curve.mean == [4.5, 3.25]
+    assert (curve.low, curve.high) == ([4.0, 3.0], [5.0, 3.5])
+    assert curve.seeds == [1, 2]
+    assert curve.seconds == [0.0, 1.5]
+    assert series.mean_curve([], "report") is None
+    assert series.mean_curve([run(1, [None, math.nan])], "report") is None
+
+
+def test_the_split_with_more_evaluations_is_drawn():
+    assert series.judged_split([run(1, [3.0, 2.0], split="tune")]) == "tune"
+    assert series.judged_split([run(1, [3.0, 2.0], split="report")]) == "report"
+    assert series.judged_split([]) == "report"
+
+
+def test_the_loss_axis_leaves_out_the_steep_start_but_nothing_below():
+    curve = series.mean_curve([run(1, [8.0, 4.0, 3.5, 3.2, 3.0])], "report")
+    low, high = series.zoom([curve])
+    assert low < 3.0
+    assert 4.0 < high < 8.0
+
+
+def test_a_thinned_series_keeps_its_ends():
+    values = list(range(2000))
+    short = series.thinned(values, 250)
+    assert len(short) == 250
+    assert (short[0], short[-1]) == (0, 1999)
+    assert series.thinned([1, 2]) == [1, 2]
+
+
+def test_each_optimizer_keeps_its_colour_whoever_it_is_compared_with():
+    assert style.colors(["muon", "adamw"])["adamw"] == style.colors(["lion", "adamw", "sgd"])["adamw"]
+    assert style.colors(["adamw", "muon"])["muon"] == style.colors(["muon"])["muon"]
+    many = [f"optimizer{i}" for i in range(6)] + ["muon", "adamw"]
+    assert len(set(style.colors(many).values())) == 8
+    assert len(style.colors([f"o{i}" for i in range(20)])) == 20
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (style.short(1e-3), "0.001"), (style.short(None), "–"), (style.short(math.nan), "–"), (style.short(True), "yes"),
+        (style.short([1, 2]), "1, 2"), (style.signed(-0.05), "−0.0500"), (style.signed(None), "–"), (style.duration(61.2), "1 min 01 s"),
+        (style.duration(3.25), "3.2 s"), (style.duration(7300), "2 h 01 min"), (style.count(999), "999"), (style.count(204_800), "205 k"),
+        (style.count(1_050_000), "1.05 M"), (style.loss(3.60001), "3.6000"),
+    ],
+)  # fmt: skip
+def test_values_are_written_as_readers_expect(text, expected):
+    assert text == expected
+
+
+def test_the_strip_places_zero_interval_and_seeds_on_one_scale():
+    verdict = {"differences": [-0.06, -0.04], "interval": [-0.1, 0.0], "mean": -0.05, "seeds": [1, 2]}
+    (strip,) = html.strips([verdict])
+    left, width = strip["bar"]
+    assert left + width == pytest.approx(strip["zero"], abs=0.01)
+    assert strip["mean"] == pytest.approx((strip["dots"][0]["at"] + strip["dots"][1]["at"]) / 2, abs=0.01)
+    assert 0 < left < strip["zero"] < 100
+    assert "seed 1" in strip["dots"][0]["title"]
+    assert html.strips([{"differences": [], "interval": [None, None], "mean": None}]) == [None]
+    one_seed = html.strips([{"differences": [-0.05], "interval": [None, None], "mean": -0.05}])[0]
+    assert one_seed["bar"] is None
+
+
+def test_an_open_verdict_says_what_to_do_next():
+    verdict = {
+        "candidate": "muon", "reference": "adamw", "differences": [-0.01, 0.02, -0.02], "mean": -0.003, "interval": [-0.05, 0.04],
+        "confidence": 0.95, "p_value": 0.8, "verdict": "not distinguishable", "detectable_effect": 0.07, "seeds_needed": 40,
+    }  # fmt: skip
+    summary = {"optimizers": ["muon", "adamw"], "verdicts": [verdict]}
+    (answer,) = html.answers(summary)
+    assert answer["headline"] == "muon and adamw cannot be told apart here."
+    assert "about 40 seeds" in answer["next"]
+    assert any("0.0700" in fact for fact in answer["facts"])
+    assert (
+        "too small to matter" in html.answers({**summary, "verdicts": [{**verdict, "seeds_needed": None}]})[0]["next"]
+    )
+    assert (
+        "at least three seeds" in html.answers({**summary, "verdicts": [{**verdict, "differences": [0.1]}]})[0]["next"]
+    )
+    nothing = html.answers({**summary, "verdicts": [], "gate": {"passed": False}})
+    assert nothing[0]["headline"] == "No verdict."
+
+
+def test_several_verdicts_carry_holm_values():
+    base = {
+        "differences": [0.1, 0.2],
+        "mean": 0.15,
+        "interval": [-1, 1],
+        "confidence": 0.95,
+        "verdict": "not distinguishable",
+    }
+    verdicts = [{**base, "candidate": c, "reference": "adamw", "p_value": p} for c, p in (("a", 0.01), ("b", 0.04))]
+    answers = html.answers({"optimizers": ["a", "b", "adamw"], "verdicts": verdicts})
+    assert [answer["holm"] for answer in answers] == pytest.approx([0.02, 0.04])
+
+
+def test_differing_keys_are_found_at_any_depth():
+    configs = [{"a": {"b": 1, "c": [1, 2]}, "seed": 1}, {"a": {"b": 2, "c": [1, 2]}, "seed": 2, "new": {"x": 0}}]
+    assert differing(configs) == {"a.b": [1, 2], "new.x": [None, 0]}
+    assert flat({"a": {"b": {"c": 1}}}) == {"a.b.c": 1}
+
+
+def test_routing_rows_of_one_treatment_are_joined():
+    rows = [{"name": f"blocks.{i}.w", "shape": [4, 4], "rule": "muon"} for i in range(3)] + [
+        {"name": "e", "shape": [9, 4], "rule": "adamw"}
+    ]
+    joined = routing_rules(rows)
+    assert [len(group["names"]) for group in joined] == [3, 1]
+
+
+def titles(material):
+    return {threat.title: threat for threat in threats(material)}
+
+
+def changed(comparison, **changes):
+    material = read_comparison(comparison)
+    return Material(summary={**material.summary, **changes}, runs=material.runs, unreadable=material.unreadable)
+
+
+def test_a_clean_comparison_has_no_serious_threat(comparison):
+    assert not [threat for threat in threats(read_comparison(comparison)) if threat.severity == "serious"]
+
+
+def test_threats_come_from_the_data(comparison, fake, tmp_path):
+    assert "Tuning trials that did not finish" in titles(read_comparison(comparison))
+    edge = changed(comparison, chosen={"muon": {"values": {"lr": 0.02}, "trial": 1, "edge": True}})
+    assert "muon" in titles(edge)["Best learning rate at the edge of its range"].text
+    assert "Nothing was learned" in titles(
+        changed(comparison, gate={"unigram_entropy": 6.3, "passed": {"muon": True, "adamw": False}})
+    )
+    fake.fake_comparison(
+        tmp_path, seeds=1, epochs=7.5, notices=["enwik8 could not be downloaded; pydoc is used instead"]
+    )
+    material = read_comparison(tmp_path)
+    next(iter(material.runs.values()))["versions"]["code"] = "another"
+    found = titles(material)
+    assert found["One seed"].severity == "serious"
+    assert "7.5 times" in found["Several epochs"].text
+    assert "Mixed versions of the code" in found
+    assert "pydoc" in found["Not the corpus that was asked for, or not all of it"].text
+    assert "Run directories that cannot be read" in titles(
+        Material(summary=material.summary, runs=material.runs, unreadable={"x": "gone"})
+    )
+
+
+def test_unequal_budgets_are_a_serious_threat(comparison):
+    trials = read_comparison(comparison).summary["trials"][:-1]
+    assert titles(changed(comparison, trials=trials))["Unequal tuning budgets"].severity == "serious"
+
+
+def test_interactive_figures_hold_every_optimizer_and_are_json(comparison):
+    material = read_comparison(comparison)
+    for figure in (interactive.loss_curves(material), interactive.lr_sensitivity(material)):
+        assert {trace["meta"]["optimizer"] for trace in figure["data"]} == {"muon", "adamw"}
+        json.dumps(figure, allow_nan=False)
+    curves = interactive.loss_curves(material)
+    mean = next(trace for trace in curves["data"] if trace.get("name") == "muon")
+    assert mean["meta"]["x"]["tokens"][-1] == 2048 * 100
+    assert mean["y"][-1] == pytest.approx(
+        sum(f["report_cross_entropy"] for f in material.summary["finals"][:3]) / 3, abs=1e-4
+    )
+
+
+def test_the_diverged_trial_is_drawn_above_the_others(comparison):
+    figure = interactive.lr_sensitivity(read_comparison(comparison))
+    points = next(trace for trace in figure["data"] if trace.get("name") == "adamw")
+    assert points["marker"]["symbol"].count("x-thin") == 1
+    failed = points["marker"]["symbol"].index("x-thin")
+    assert points["y"][failed] == max(points["y"])
+    assert "diverged" in points["text"][failed]
+
+
+def test_the_templates_are_part_of_the_package():
+    folder = Path(html.__file__).parent / "templates"
+    assert {path.name for path in folder.iterdir()} >= {"comparison.html.j2", "style.css", "page.js"}
