@@ -48,6 +48,7 @@ def _looks_local(name: str) -> bool:
 
 
 def _local(options: DataOptions) -> Source:
+    _refuse_hub_options(options)
     files = readers.local_files(options.corpus)
     digest = hashlib.sha256(f"{options.text_column} {readers.TXT_DOCUMENT}".encode())
     for path in files:
@@ -72,11 +73,20 @@ def _hub_corpus(name: str, subset: str | None = None) -> Callable[[DataOptions],
     return lambda options: _hub(options, name, options.subset or subset)
 
 
+def _refuse_hub_options(options: DataOptions) -> None:
+    if options.subset is not None or options.split != DataOptions.split:
+        raise InputError(
+            f"data.subset and data.split choose a part of a hub dataset; corpus {options.corpus!r} has no parts"
+        )
+
+
 def _enwik8(options: DataOptions) -> Source:
-    return Source("enwik8", enwik8.ENWIK8.fingerprint, lambda show: enwik8.prose(show=show))
+    _refuse_hub_options(options)
+    return Source("enwik8", enwik8.ENWIK8.fingerprint, lambda show: enwik8.prose(enwik8.ENWIK8, show))
 
 
 def _pydoc(options: DataOptions) -> Source:
+    _refuse_hub_options(options)
     try:
         from pydoc_data.topics import topics
     except ModuleNotFoundError as error:
@@ -92,6 +102,7 @@ def _pydoc(options: DataOptions) -> Source:
 
 
 def _synthetic(options: DataOptions) -> Source:
+    _refuse_hub_options(options)
     return Source("synthetic", "synthetic 1", lambda show: markov_documents(seed=0, documents=2_000))
 
 

@@ -8,6 +8,7 @@ The archive is kept in `downloads/`, the prose in `corpora/`.
 import gzip
 import hashlib
 import json
+import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -68,11 +69,12 @@ ENWIK8 = Dump(
 )
 
 
-def prose(dump: Dump = ENWIK8, show: bool = True) -> Iterator[str]:
+def prose(dump: Dump, show: bool = True) -> Iterator[str]:
     """The articles of `dump` as prose. The first call fetches and cleans. Raises FetchError if no source delivers."""
     path = cache_folder("corpora") / f"{dump.name}-prose-{CLEANER_VERSION}.jsonl"
     with FileLock(f"{path}.lock"):
         if not _is_intact(path):
+            _remove_leftovers()
             _make(dump, path, show)
     with open(path, encoding="utf-8", newline="\n") as file:
         for line in file:
@@ -94,6 +96,12 @@ def _make(dump: Dump, path: Path, show: bool) -> None:
     raise FetchError(
         f"corpus {dump.name!r} cannot be downloaded ({'; '.join(reasons)}); check the network or use a local file"
     )
+
+
+def _remove_leftovers() -> None:
+    """What a killed process left behind (not the `.part` of a download, which is continued)."""
+    for stale in (*cache_folder("downloads").glob(".*"), *cache_folder("corpora").glob(".*.tmp")):
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
 
 
 def _archives(dump: Dump, reasons: list[str], show: bool) -> Iterator[Path]:

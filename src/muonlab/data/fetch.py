@@ -47,7 +47,7 @@ class Distribution:
 def download(url: str, path: Path, show: bool = True) -> None:
     """Fetches `url` into `path`. What an interrupted download left (`path` + ".part") is continued. Raises SourceFailed."""
     host = urllib.parse.urlsplit(url).hostname or ""
-    if not urllib.request.getproxies() and not _resolves(host):
+    if not resolves(host):
         raise SourceFailed(f"{host}: no network or no such host")
     partial = path.with_name(path.name + ".part")
     for attempt in (1, 2, 3):
@@ -165,8 +165,13 @@ def _size_of_largest(folder: Path) -> int:
     return largest
 
 
-def _resolves(host: str) -> bool:
-    """Whether a name resolves within the time-out. Name servers that do not answer would block for half a minute."""
+def resolves(host: str) -> bool:
+    """Whether a name resolves within the time-out: name servers that do not answer would block for half a minute.
+
+    True behind a proxy, which resolves names itself.
+    """
+    if {"http", "https", "all"} & set(urllib.request.getproxies()) and not urllib.request.proxy_bypass(host):
+        return True
     answers: list[object] = []
 
     def ask() -> None:

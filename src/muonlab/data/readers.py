@@ -8,10 +8,13 @@ documents are longer than a paragraph and a book can be split; it is read line b
 import glob
 import gzip
 import json
+import os
+import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
+from muonlab.data.fetch import resolves
 from muonlab.errors import InputError, unknown
 
 TXT_DOCUMENT = 2_000  # characters
@@ -39,6 +42,8 @@ def local_files(pattern: str) -> list[Path]:
             raise InputError(f"corpus file {str(file)!r} has an unknown type; expected {', '.join(SUFFIXES)}")
         if file.stat().st_size == 0:
             raise InputError(f"corpus file {str(file)!r} is empty; give a file with text")
+        if not os.access(file, os.R_OK):
+            raise InputError(f"corpus file {str(file)!r} may not be read; check its permissions")
     return files
 
 
@@ -99,10 +104,13 @@ def hub_documents(name: str, subset: str | None, split: str, column: str) -> Ite
 
 def _require_hub(repository: str, revision: str | None) -> None:
     """One quick question before `datasets`, which retries an unreachable hub for half a minute."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
+        host = urllib.parse.urlsplit(constants.ENDPOINT).hostname or ""
+        if not constants.HF_HUB_OFFLINE and not resolves(host):
+            raise ConnectionError(f"{host}: no network or no such host")
         HfApi().dataset_info(repository, revision=revision, timeout=5)
     except RevisionNotFoundError as error:
         raise InputError(f"the hub dataset {repository!r} has no revision {revision!r}") from error

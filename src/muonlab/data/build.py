@@ -138,14 +138,15 @@ class _Spool:
         self._file.close()
 
     def sample(self, limit: int) -> Iterator[str]:
-        """Documents spread evenly over the split, about `limit` bytes in all."""
+        """Documents spread evenly over the split, at most `limit` bytes in all."""
         stride = max(1, -(-self.bytes // limit))
-        offset = 0
+        offset, left = 0, limit
         with open(self.path, "rb") as file:
             for number, length in enumerate(self.lengths):
-                if number % stride == 0:
+                if number % stride == 0 and left > 0:
                     file.seek(offset)
-                    yield file.read(length).decode("utf-8")
+                    yield file.read(min(length, left)).decode("utf-8", "ignore")  # the last may be cut in a character
+                    left -= length
                 offset += length
 
     def batches(self, limit: int) -> Iterator[tuple[list[str], int]]:
