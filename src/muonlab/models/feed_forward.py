@@ -18,13 +18,15 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(options.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., d_model] -> [..., d_model]."""
         up = self.up(x)
-        hidden = activate(up if self.gate is None else self.gate(x), self.activation)
-        return self.down(self.dropout(hidden if self.gate is None else hidden * up))
+        hidden = activate(up, self.activation) if self.gate is None else activate(self.gate(x), self.activation) * up
+        y: Tensor = self.down(self.dropout(hidden))
+        return y
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
-    """The non-linearity itself; for a gated one, of the gate (Shazeer, arXiv 2002.05202; ReLU²: So et al., 2109.08668)."""
+    """The non-linearity; of the gate, for a gated one (Shazeer, arXiv 2002.05202; ReLU²: So et al., arXiv 2109.08668)."""
     match activation:
         case "silu" | "swiglu":
             return F.silu(x)

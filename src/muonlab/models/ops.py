@@ -1,8 +1,10 @@
-"""The few custom primitives of the models."""
+"""The few custom primitives: head, normalisation, row gather, grouped matmul. Each has exact gradients in every dtype."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -12,66 +14,210 @@ class HeadStats(NamedTuple):
     target_logit: Tensor  # [N] fp32
     lse: Tensor  # [N] fp32: log-sum-exp of the logits
     mean_logit: Tensor  # [N] fp32: mean over the vocabulary
-    correct: Tensor  # [N] bool: the target has the largest logit (the first such id, at ties)
+    correct: Tensor  # [N] bool: no other id has a larger logit (at ties: the first such id)
 
 
 def head_stats(h: Tensor, weight: Tensor, targets: Tensor, chunk_bytes: int = 32 * 2**20) -> HeadStats:
-    """Statistics of the logits `h @ weight.T` with exact gradients, without ever holding more than `chunk_bytes` of them.
+    """Statistics of the logits `h @ weight.T`, with exact gradients and never more than `chunk_bytes` of logits alive.
 
     Args:
-        h: final hidden states [N, d].
-        weight: output head [V, d].
+        h: final hidden states [N, d]; under autocast they are cast to its dtype first.
+        weight: output head [V, d]; pass the fp32 parameter itself, its gradient is accumulated in its own dtype.
         targets: token ids [N] int64.
-        chunk_bytes: bytes of fp32 logits alive at any time. When all of them fit they are kept for the backward pass,
-            else they are computed again there, chunk by chunk.
+        chunk_bytes: bytes of logits alive at any time (at least one token's). When all logits fit, they are kept for
+            the backward pass; else they are computed again there, chunk by chunk.
+
+    Returns:
+        Sums and logits in fp32 (fp64 for fp64 input), differentiable in `h` and `weight` except `correct`.
     """
-    target_logit, lse, correct, *_ = _Head.apply(h, weight, targets, chunk_bytes)
-    # linear in the logits: needs none of them
-    mean_logit = h.to(target_logit.dtype) @ weight.to(target_logit.dtype).mean(0)
+    h = h.to(autocast_dtype(h))
+    with without_autocast(h):
+        target_logit, lse, correct, _ = _Head.apply(h, weight, targets, chunk_bytes)  # type: ignore[no-untyped-call]
+        # linear in the logits, so it needs none of them: mean(W h) = mean(W) h
+        mean_logit = at_least_fp32(h) @ at_least_fp32(weight).mean(0)
     return HeadStats(target_logit, lse, mean_logit, correct)
 
 
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last axis (Zhang & Sennrich, arXiv 1910.07467).
+
+    On CPU torch has no fused kernel for it, and its derived backward makes twice the passes of the formula.
+    """
+    if x.device.type != "cpu" or weight is None or not weight.dtype == x.dtype == at_least_fp32(x).dtype:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    y: Tensor = _RMSNorm.apply(x, weight, eps)[0]  # type: ignore[no-untyped-call]
+    return y
+
+
+def gather_rows(x: Tensor, order: Tensor, inverse: Tensor, copies: int = 1) -> Tensor:
+    """Rows `x[order // copies]`: each row of x [n, d] `copies` times, permuted.
+
+    `order` [n · copies] is a permutation and `inverse` its inverse, so the backward pass is a gather too: its sums have
+    a fixed order on every device.
+    """
+    y: Tensor = _GatherRows.apply(x, order, inverse, copies)  # type: ignore[no-untyped-call]
+    return y
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`x[i] @ weight[e].T` for the expert e that owns row i: rows sorted by expert, expert e's end before `ends[e]`.
+
+    Args:
+        x: [n, in], computed in autocast's dtype under autocast.
+        weight: [E, out, in].
+        ends: [E] int32, non-decreasing; the last is n.
+
+    One grouped matmul where torch has it for the dtype and alignment. Otherwise (fp64, odd widths, full precision on a
+    GPU, where torch's own fallback asks the device for the group sizes) every expert sees every row, with the rows of
+    others set to zero: E times the work, exact, and as free of host synchronisation.
+    """
+    dtype = autocast_dtype(x)
+    x, weight = x.to(dtype), weight.to(dtype)
+    if _has_grouped_mm(x, weight):
+        return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+    owner = torch.searchsorted(ends, torch.arange(x.shape[0], device=x.device, dtype=ends.dtype), right=True)  # [n]
+    mine = owner == torch.arange(weight.shape[0], device=x.device)[:, None]  # [E, n]
+    return torch.bmm(x * mine[..., None], weight.transpose(-2, -1)).sum(0)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x in fp32, or unchanged when it is fp64 already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a matmul of x runs: autocast's on x's device, else x's own."""
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def without_autocast(x: Tensor) -> torch.autocast:
+    """A region where the matmuls on x's device keep the dtype of their operands."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _has_grouped_mm(x: Tensor, weight: Tensor) -> bool:
+    if x.dtype == torch.float64 or (x.is_cuda and x.dtype == torch.float32):
+        return False
+    return all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with fp32 sums and result (fp64 for fp64)."""
+    if a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+    return a @ b
+
+
 class _Head(torch.autograd.Function):
-    """(target_logit, lse, correct, softmax kept for the backward pass or an empty tensor)."""
+    """(target_logit, lse, correct, softmax of all tokens if it may be kept, else empty).
+
+    With p the softmax, d lse / d logits = p. The upstream gradient of a token scales its row, so it is applied to rows
+    of width d before and after the matmuls: the backward pass touches the logits in matmuls only.
+    """
 
     @staticmethod
-    def forward(h: Tensor, weight: Tensor, targets: Tensor, chunk_bytes: int) -> tuple[Tensor, ...]:
-        n, vocab = h.shape[0], weight.shape[0]
-        rows = max(1, chunk_bytes // (vocab * h.element_size()))
-        lse, target_logit = h.new_empty(n), h.new_empty(n)
+    def forward(h: Tensor, weight: Tensor, targets: Tensor, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        n, weight = h.shape[0], weight.to(h.dtype)
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        target_logit, lse, kept = (torch.empty(size, dtype=dtype, device=h.device) for size in (n, n, 0))
         correct = torch.empty(n, dtype=torch.bool, device=h.device)
-        probabilities = h.new_empty(0)
-        for start in range(0, n, rows):
-            part = slice(start, start + rows)
-            logits = h[part] @ weight.T  # [rows, V]
+        chunks = _chunks(n, weight.shape[0], dtype, chunk_bytes)
+        for part in chunks:
+            logits = _matmul(h[part], weight.T)  # [rows, V]
             largest, where = logits.max(-1)
             target_logit[part] = logits.gather(1, targets[part, None]).squeeze(1)
             correct[part] = where == targets[part]
             torch.softmax(logits, -1, out=logits)
+            # the largest probability is at least 1/V: its logarithm loses nothing
             lse[part] = largest - logits.gather(1, where[:, None]).squeeze(1).log()
-            if rows >= n:
-                probabilities = logits
-        return target_logit, lse, correct, probabilities
+            if len(chunks) == 1:
+                kept = logits
+            del logits  # before the next chunk's are made
+        return target_logit, lse, correct, kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         h, weight, targets, ctx.chunk_bytes = inputs
-        _, lse, correct, probabilities = output
-        ctx.mark_non_differentiable(correct, probabilities)
-        ctx.save_for_backward(h, weight, targets, lse, probabilities)
+        _, lse, correct, kept = output
+        ctx.mark_non_differentiable(correct, kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(h, weight, targets, lse, kept)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        h, weight, targets, lse, probabilities = ctx.saved_tensors
-        grad_target, grad_lse = grads[0], grads[1]
-        n, vocab = h.shape[0], weight.shape[0]
-        rows = max(1, ctx.chunk_bytes // (vocab * h.element_size()))
-        grad_h = weight[targets] * grad_target[:, None]
-        grad_weight = torch.zeros_like(weight).index_add_(0, targets, h * grad_target[:, None])
-        scaled = h * grad_lse[:, None]
-        for start in range(0, n, rows):
-            part = slice(start, start + rows)
-            p = probabilities if rows >= n else (h[part] @ weight.T).sub_(lse[part, None]).exp_()
-            grad_h[part] += (p @ weight) * grad_lse[part, None]
-            grad_weight.addmm_(p.T, scaled[part])
-        return grad_h, grad_weight, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
+        h, weight, targets, lse, kept = ctx.saved_tensors
+        grad_target, grad_lse = grads[:2]
+        low = weight.to(h.dtype)
+        grad_h, grad_weight = torch.zeros_like(h, dtype=lse.dtype), torch.zeros_like(weight, dtype=lse.dtype)
+        with without_autocast(h):
+            if grad_target is not None:
+                grad_h += low[targets] * grad_target[:, None]
+                grad_weight.index_add_(0, targets, h * grad_target[:, None])
+            if grad_lse is not None:
+                scaled = (h * grad_lse[:, None]).to(h.dtype)
+                chunks = _chunks(h.shape[0], weight.shape[0], lse.dtype, ctx.chunk_bytes)
+                for part in chunks:
+                    if len(chunks) == 1:
+                        p = kept
+                    else:
+                        p = _matmul(h[part], low.T).sub_(lse[part, None]).exp_()
+                    p = p.to(h.dtype)
+                    grad_h[part] += _matmul(p, low) * grad_lse[part, None]
+                    if p.dtype == grad_weight.dtype:
+                        grad_weight.addmm_(p.T, scaled[part])
+                    else:
+                        grad_weight += _matmul(p.T, scaled[part])
+                    del p
+        return grad_h.to(h.dtype), grad_weight.to(weight.dtype), None, None
+
+
+def _chunks(n: int, vocab: int, dtype: torch.dtype, chunk_bytes: int) -> list[slice]:
+    """Even slices of n tokens whose logits take at most chunk_bytes each."""
+    most = max(1, chunk_bytes // (vocab * dtype.itemsize))
+    rows = max(1, math.ceil(n / max(1, math.ceil(n / most))))
+    return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+
+
+class _RMSNorm(torch.autograd.Function):
+    """(y, 1 / rms)."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]  # [..., 1]
+        return (x * scale).mul_(weight), scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(inputs[0], inputs[1], output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        normal = x * scale
+        product = grads[0] * normal
+        along = (product @ weight)[..., None] / x.shape[
+            -1
+        ]  # the part of the gradient that would only change the length
+        grad_x = (grads[0] * weight).sub_(normal.mul_(along)).mul_(scale)
+        return grad_x, product.flatten(0, -2).sum(0), None
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
+        return x.index_select(0, order // copies if copies > 1 else order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+        ctx.copies = inputs[3]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        rows = grad.index_select(0, inverse)
+        return rows.view(-1, ctx.copies, rows.shape[-1]).sum(1) if ctx.copies > 1 else rows, None, None, None

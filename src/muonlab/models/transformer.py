@@ -1,4 +1,4 @@
-"""One readable decoder-only transformer. It returns final hidden states; loss and head are `ops.head_stats`."""
+"""One readable decoder-only transformer. It returns final hidden states; head and loss are `ops.head_stats`."""
 
 import math
 from typing import NamedTuple
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from muonlab.errors import InputError
 from muonlab.models.feed_forward import FeedForward
+from muonlab.models.moe import MixtureOfExperts
+from muonlab.models.ops import rms_norm
 from muonlab.models.options import ModelOptions
 
 
@@ -17,7 +19,7 @@ class ModelOutput(NamedTuple):
 
     hidden: Tensor  # [B, T, d_model], after the final norm (and the dropout of the head's input)
     auxiliary_loss: Tensor  # scalar, weights applied, summed over layers; 0 for a dense model
-    expert_load: Tensor | None  # [n_layers, n_experts], share of the assignments; rows sum to 1; None for a dense model
+    expert_load: Tensor | None  # [n_layers, n_experts], share of the assignments, rows sum to 1; None for a dense model
 
 
 class Transformer(nn.Module):
@@ -26,7 +28,8 @@ class Transformer(nn.Module):
     Args:
         options: sizes and choices; `vocab_size` must be known.
 
-    Parameters are drawn from torch's global generator (see `reset_parameters`).
+    Parameters are drawn from torch's global generator (see `reset_parameters`). Activations and residual stream have
+    the parameters' dtype; under autocast matmuls run in its dtype and the residual stream stays as it is.
     """
 
     cos: Tensor
@@ -35,34 +38,39 @@ class Transformer(nn.Module):
     def __init__(self, options: ModelOptions) -> None:
         super().__init__()
         if options.vocab_size < 1:
-            raise InputError(
-                "the model needs a vocab_size of at least 1; 0 stands for the tokenizer's and must be resolved"
-            )
+            raise InputError("the model's vocab_size is 0, which stands for the tokenizer's; give a positive number")
         self.options = options
         self.embedding = nn.Embedding(options.vocab_size, options.d_model)
         self.blocks = nn.ModuleList(Block(options) for _ in range(options.n_layers))
         self.norm = RMSNorm(options.d_model, options.norm_eps)
         self.head = None if options.tied_head else nn.Linear(options.d_model, options.vocab_size, bias=False)
         self.dropout = nn.Dropout(options.dropout)
-        cos, sin = rotary_tables(options.seq_len, options.head_dim, options.rope_base)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        for name in ("cos", "sin"):
+            self.register_buffer(name, torch.empty(options.seq_len, options.head_dim), persistent=False)
         self.reset_parameters()
 
     def forward(self, tokens: Tensor, document_ids: Tensor | None = None) -> ModelOutput:
-        """Args: tokens [B, T] int64, T <= seq_len; document_ids [B, T]: attention stays inside equal ids."""
+        """Run the model.
+
+        Args:
+            tokens: [B, T] int64, T <= seq_len.
+            document_ids: [B, T] integers; attention stays inside equal ids. None: one document per sequence.
+        """
         length = tokens.shape[1]
         if length > self.options.seq_len:
             raise InputError(f"a sequence of {length} tokens is longer than the model's seq_len {self.options.seq_len}")
         mask = None if document_ids is None else document_mask(document_ids)
-        rotation = (self.cos[:length], self.sin[:length])
         x = self.embedding(tokens)  # [B, T, d]
         if self.options.embedding_scale:
             x = x * math.sqrt(self.options.d_model)
         x = self.dropout(x)
+        auxiliary, loads = x.new_zeros((), dtype=torch.float32), []
         for block in self.blocks:
-            x = block(x, rotation, mask)
-        return ModelOutput(self.dropout(self.norm(x)), x.new_zeros((), dtype=torch.float32), None)
+            x, block_auxiliary, load = block(x, self.cos[:length], self.sin[:length], mask)
+            if load is not None:
+                auxiliary = auxiliary + block_auxiliary
+                loads.append(load)
+        return ModelOutput(self.dropout(self.norm(x)), auxiliary, torch.stack(loads) if loads else None)
 
     @property
     def head_weight(self) -> Tensor:
@@ -74,12 +82,16 @@ class Transformer(nn.Module):
         return self.embedding
 
     def get_output_embeddings(self) -> nn.Embedding | nn.Linear:
-        """The head, or the embedding that stands in for it when tied."""
+        """The head, or the embedding that stands in for it when tied (the name Hugging Face models use)."""
         return self.embedding if self.head is None else self.head
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, in place: N(0, init_std²), norms 1, biases 0, residual outputs scaled for depth."""
+        """Draw all parameters anew, in place: matrices N(0, init_std²), vectors 1, biases 0.
+
+        The output projections of both residual branches start sqrt(2 n_layers) smaller with `depth_init` (GPT-2), so that
+        the residual stream's variance does not grow with depth. The rotary tables are filled too.
+        """
         std = self.options.init_std
         residual_std = std / math.sqrt(2 * self.options.n_layers) if self.options.depth_init else std
         for name, parameter in self.named_parameters():
@@ -88,7 +100,10 @@ class Transformer(nn.Module):
             elif parameter.ndim == 1:
                 parameter.fill_(1.0)
             else:
-                parameter.normal_(std=residual_std if name.rpartition(".")[0].endswith(("output", "down")) else std)
+                parameter.normal_(std=residual_std if {"output", "down"} & set(name.split(".")) else std)
+        cos, sin = rotary_tables(self.options.seq_len, self.options.head_dim, self.options.rope_base)
+        self.cos.copy_(cos)
+        self.sin.copy_(sin)
 
 
 class Block(nn.Module):
@@ -99,70 +114,87 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(options.d_model, options.norm_eps)
         self.attention = Attention(options)
         self.feed_forward_norm = RMSNorm(options.d_model, options.norm_eps)
-        self.feed_forward = FeedForward(options)
+        self.feed_forward = MixtureOfExperts(options) if options.n_experts else FeedForward(options)
         self.dropout = nn.Dropout(options.dropout)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotation, mask))
-        x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-        return x
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x [B, T, d] -> x, and for a mixture of experts its auxiliary loss and load."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, mask))
+        y, auxiliary, load = self.feed_forward(self.feed_forward_norm(x)), None, None
+        if isinstance(self.feed_forward, MixtureOfExperts):
+            y, auxiliary, load = y
+        return x + self.dropout(y), auxiliary, load
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions and grouped key and value heads."""
+    """Causal self-attention with rotary positions; n_heads / n_kv_heads query heads share a key and a value head."""
 
     def __init__(self, options: ModelOptions) -> None:
         super().__init__()
         self.options = options
-        d, kv, bias = options.d_model, options.kv_heads * options.head_dim, options.qkv_bias
+        d, bias = options.d_model, options.qkv_bias
+        self.widths = [d, options.kv_heads * options.head_dim, options.kv_heads * options.head_dim]  # of q, k, v
         if options.fused_qkv:
-            self.qkv = nn.Linear(d, d + 2 * kv, bias=bias)
+            self.qkv = nn.Linear(d, sum(self.widths), bias=bias)
         else:
-            self.query = nn.Linear(d, d, bias=bias)
-            self.key = nn.Linear(d, kv, bias=bias)
-            self.value = nn.Linear(d, kv, bias=bias)
+            self.query, self.key, self.value = (nn.Linear(d, width, bias=bias) for width in self.widths)
         self.output = nn.Linear(d, d, bias=False)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        """x [B, T, d] -> [B, T, d]; cos and sin [T, head_dim]; mask [B, 1, T, T] bool, or None for plainly causal."""
         options = self.options
         if options.fused_qkv:
-            q, k, v = self.qkv(x).split(
-                [options.n_heads * options.head_dim] + 2 * [options.kv_heads * options.head_dim], -1
-            )
+            projections = self.qkv(x).split(self.widths, -1)
         else:
-            q, k, v = self.query(x), self.key(x), self.value(x)
-        q, k, v = (y.unflatten(-1, (-1, options.head_dim)) for y in (q, k, v))  # [B, T, heads, head_dim]
+            projections = (self.query(x), self.key(x), self.value(x))
+        q, k, v = (y.unflatten(-1, (-1, options.head_dim)) for y in projections)  # [B, T, heads, head_dim]
         if options.qk_norm:
-            q, k = (F.rms_norm(y, y.shape[-1:], eps=options.norm_eps) for y in (q, k))
-        q, k = rotate(q, rotation), rotate(k, rotation)
+            q, k = rms_norm(q, None, options.norm_eps), rms_norm(k, None, options.norm_eps)
         y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
+            rotate(q, cos, sin).transpose(1, 2),
+            rotate(k, cos, sin).transpose(1, 2),
             v.transpose(1, 2),
             attn_mask=mask,
             is_causal=mask is None,
             dropout_p=options.dropout if self.training else 0.0,
             enable_gqa=options.kv_heads != options.n_heads,
         )
-        return self.output(y.transpose(1, 2).flatten(2))
+        out: Tensor = self.output(y.transpose(1, 2).flatten(2))
+        return out
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., width] -> [..., width]."""
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotary_tables(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position · base^(-2i / head_dim), each [length, head_dim / 2] fp32 (RoFormer, arXiv 2104.09864)."""
+    """(cos, sin), each [length, head_dim] fp32, of position · base^(-2i / head_dim) (RoFormer, arXiv 2104.09864).
+
+    Both halves of a head hold the same angles; the first half of sin is negated, as `rotate` needs it.
+    """
     frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
-    return angle.cos().float(), angle.sin().float()
+    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)  # [length, head_dim / 2]
+    return torch.cat([angle.cos()] * 2, -1).float(), torch.cat([-angle.sin(), angle.sin()], -1).float()
 
 
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs (x[i], x[i + D/2]) of x [B, T, heads, D] by the angle of their position."""
-    cos, sin = (table[:, None].to(x.dtype) for table in rotation)  # [T, 1, D/2]
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (x[i], x[i + D/2]) of x [B, T, heads, D] by its position's angle.
+
+    A roll by half a head swaps the halves in one pass; slicing and concatenating takes three times as long on CPU.
+    """
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # [T, 1, D]
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
