@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from muonlab.errors import InputError, unknown
-from muonlab.optim.coefficients import Coefficients, Step, resolve
+from muonlab.optim.coefficients import Coefficients, Iteration, Step, resolve
 
-Method = Literal["auto", "standard", "svd"]
+Method = Literal["auto", "standard", "gram", "svd"]
+METHODS: tuple[Method, ...] = ("auto", "standard", "gram", "svd")
 DTypeName = Literal["auto", "float16", "bfloat16", "float32", "float64"]
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -42,8 +43,9 @@ def orthogonalize(
         x: `[..., m, n]`, any floating-point dtype, any strides; leading axes are independent matrices.
         coefficients: a name of `coefficients.COEFFICIENTS`, or steps of one's own (see `coefficients.resolve`).
         ns_steps: number of steps; None means the set's own.
-        method: "standard" iterates on the matrix; "svd" takes the exact factor (fp32 or fp64, slow: for ablations), where
-            singular values below the rounding error of the largest stay zero; "auto" chooses.
+        method: "standard" iterates on the matrix; "gram" on its small Gram matrix, with one restart (fewer operations if the
+            matrix is far from square, three times the rounding error); "svd" takes the exact factor (fp32 or fp64, slow: for
+            ablations), where singular values below the rounding error of the largest stay zero; "auto" is "standard".
         dtype: dtype of the iterations. "auto": fp16 on CUDA (after the fp32 normalisation eight times more accurate than
             bf16), bf16 on a CPU that multiplies it natively, fp32 elsewhere; never less than fp64 for fp64 inputs.
         eps: lower bound of the norm that the input is divided by (0: scale-free).
@@ -52,41 +54,56 @@ def orthogonalize(
         `[..., m, n]` in the dtype of the iterations, contiguous or transposed.
 
     Raises:
-        InputError: fewer than two axes, a complex or integer dtype, unknown names, steps that do not fit the set.
+        InputError: fewer than two axes, a complex or integer dtype, unknown names, steps that do not fit the set, "gram" in
+            bf16 (its rounding errors grow to singular values of 1.8).
 
-    Source: Keller Jordan, https://kellerjordan.github.io/posts/muon/ (iteration on the wide side of the matrix).
+    Sources: Keller Jordan, https://kellerjordan.github.io/posts/muon/; for "gram" Dao-AILab/gram-newton-schulz.
     """
     if x.ndim < 2 or not x.is_floating_point():
         raise InputError(
             f"orthogonalize needs a real floating-point tensor [..., m, n], got {x.dtype} {tuple(x.shape)}"
         )
-    if method not in ("auto", "standard", "svd"):
-        raise unknown("method", method, ("auto", "standard", "svd"))
+    check_method(method, dtype)
     return polar(x, resolve(coefficients, ns_steps), method, dtype, eps)
 
 
 def polar(
     x: Tensor,
-    steps: tuple[Step, ...],
+    iteration: Iteration,
     method: Method = "auto",
     dtype: torch.dtype | DTypeName = "auto",
     eps: float = 0.0,
     *,
     overwrite: bool = False,
 ) -> Tensor:
-    """`orthogonalize` for steps that are already resolved: what the update rule calls; no checks.
+    """`orthogonalize` for an iteration that is already resolved: what the update rule calls; no checks.
 
     `overwrite`: `x` is scratch of the caller and may be changed.
     """
     if method == "svd":
         return _svd(x)
-    work = iteration_dtype(x, dtype)
+    work = iteration_dtype(x, dtype, method)
     if x.numel() == 0:
         return torch.zeros_like(x, dtype=work)
-    x = normalize(x, eps, overwrite=overwrite).to(work)
     tall = x.shape[-2] > x.shape[-1]
-    result = newton_schulz(x.mT if tall else x, steps)
+    x = normalize(x, eps, overwrite=overwrite)
+    if iteration.preconditioned:
+        x = precondition(x.mT if tall else x)
+        x = x.mT if tall else x
+    x = x.to(work)
+    iterate = gram_newton_schulz if method == "gram" else newton_schulz
+    result = iterate(x.mT if tall else x, iteration.steps)
     return result.mT if tall else result
+
+
+def check_method(method: str, dtype: torch.dtype | str) -> None:
+    """InputError for an unknown method and for combinations whose result cannot be trusted."""
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    if method == "gram" and dtype in (torch.bfloat16, "bfloat16"):
+        raise InputError(
+            "method 'gram' in bfloat16 is not accurate enough (singular values up to 1.8); use float16 or float32"
+        )
 
 
 def normalize(x: Tensor, eps: float = 0.0, *, overwrite: bool = False) -> Tensor:
@@ -111,6 +128,17 @@ def normalize(x: Tensor, eps: float = 0.0, *, overwrite: bool = False) -> Tensor
     return divide(work, root).div_(root)
 
 
+def precondition(x: Tensor) -> Tensor:
+    """Rows of `x` [..., m, n], m <= n, scaled by 1 / sqrt(sum_j |X X^T|_ij): all singular values are then at most 1, most of
+    them closer to 1 than after division by the Frobenius norm. Rows of zeros stay zero.
+
+    The polar factor of the scaled matrix is not that of the matrix, only near it: an approximation that `aol4` makes.
+    Source: almost-orthogonal layers, https://arxiv.org/abs/2208.03160; Turbo-Muon, https://arxiv.org/abs/2512.04632.
+    """
+    sums = (x @ x.mT).abs_().sum(-1, keepdim=True)  # [..., m, 1]
+    return x * torch.where(sums > 0, sums.rsqrt(), 0.0)
+
+
 def newton_schulz(x: Tensor, steps: tuple[Step, ...]) -> Tensor:
     """The polynomial steps on normalised matrices `x` [..., m, n] with m <= n, in the dtype of `x`: a*X + (b*A + c*A^2) X, A = X X^T."""
     if x.ndim == 2:
@@ -129,6 +157,31 @@ def newton_schulz(x: Tensor, steps: tuple[Step, ...]) -> Tensor:
     return stack.view(x.shape)
 
 
+def gram_newton_schulz(x: Tensor, steps: tuple[Step, ...], restart: int = 2) -> Tensor:
+    """The same map as `newton_schulz` through R = X X^T [..., m, m]: Q collects the product of all steps, X is multiplied twice.
+
+    After `restart` steps X = Q X is formed and the iteration begins anew from it; without that, rounding errors in the null
+    space of R would grow with every step.
+    """
+    stack = x.reshape(-1, *x.shape[-2:])  # [k, m, n]
+    for part in (steps[:restart], steps[restart:]):
+        for i, (a, b, c) in enumerate(part):
+            if i == 0:
+                gram = stack @ stack.mT  # [k, m, m]
+            # a*I is never added to gram or z: rounding that sum is what makes the method unstable in half precision.
+            z = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) if c else b * gram
+            if i == 0:
+                product = z.clone()
+                product.diagonal(dim1=-2, dim2=-1).add_(a)
+            else:
+                product = torch.baddbmm(product, product, z, beta=a)
+            if i + 1 < len(part):
+                half = torch.baddbmm(gram, gram, z, beta=a)
+                gram = torch.baddbmm(half, z, half, beta=a)
+        stack = product @ stack if part else stack
+    return stack.view(x.shape)
+
+
 def _steps_one(x: Tensor, steps: tuple[Step, ...]) -> Tensor:
     for a, b, c in steps:
         gram = x @ x.mT  # [m, m]
@@ -139,7 +192,7 @@ def _steps_one(x: Tensor, steps: tuple[Step, ...]) -> Tensor:
     return x
 
 
-def iteration_dtype(x: Tensor, dtype: torch.dtype | DTypeName = "auto") -> torch.dtype:
+def iteration_dtype(x: Tensor, dtype: torch.dtype | DTypeName = "auto", method: Method = "auto") -> torch.dtype:
     """The dtype in which `x` is iterated (see `orthogonalize`)."""
     if isinstance(dtype, torch.dtype):
         if dtype not in _DTYPES.values():
@@ -153,7 +206,7 @@ def iteration_dtype(x: Tensor, dtype: torch.dtype | DTypeName = "auto") -> torch
         return torch.float64
     if x.device.type == "cuda":
         return torch.float16
-    if x.device.type == "cpu" and _cpu_multiplies_bfloat16():
+    if method != "gram" and x.device.type == "cpu" and _cpu_multiplies_bfloat16():
         return torch.bfloat16
     return torch.float32
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muonlab.optim.coefficients import Step
+from muonlab.optim.coefficients import Iteration
 from muonlab.optim.polar import DTypeName, Method, polar
 
 State = Mapping[str, Tensor]
@@ -27,7 +27,7 @@ def muon(
     *,
     momentum: Number,
     nesterov: bool,
-    steps: tuple[Step, ...],
+    iteration: Iteration,
     heavy_ball: bool = False,
     method: Method = "auto",
     dtype: torch.dtype | DTypeName = "auto",
@@ -40,7 +40,7 @@ def muon(
     """
     direction = advance_momentum(grad, state["momentum_buffer"], momentum, nesterov=nesterov, heavy_ball=heavy_ball)
     # With Nesterov momentum the direction is a tensor of its own, otherwise it is the buffer.
-    return polar(direction, steps, method, dtype, eps, overwrite=nesterov)
+    return polar(direction, iteration, method, dtype, eps, overwrite=nesterov)
 
 
 def advance_momentum(grad: Tensor, buffer: Tensor, momentum: Number, *, nesterov: bool, heavy_ball: bool) -> Tensor:

@@ -69,7 +69,7 @@ def update_matrices(chunk: list[Stack], group: Mapping[str, Any]) -> None:
         {"momentum_buffer": momentum},
         momentum=group["momentum"],
         nesterov=group["nesterov"],
-        steps=resolve(group["coefficients"], group["ns_steps"]),
+        iteration=resolve(group["coefficients"], group["ns_steps"]),
         method=group["method"],
         dtype=group["dtype"],
     )
