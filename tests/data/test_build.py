@@ -269,6 +269,24 @@ def test_a_cache_that_cannot_be_made_gets_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+def test_a_disk_that_fills_up_gets_one_line_and_leaves_nothing_half_written(home):
+    """A limit on the size of files stands for the full disk: the writes fail in the middle, as they would there."""
+    resource = pytest.importorskip("resource")
+    program = (
+        "import resource, sys\n"
+        "from muonlab.data import DataOptions, prepare\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))\n"
+        "try: prepare(DataOptions(corpus='synthetic', max_documents=300, tokenizer='bytes'), progress=False)\n"
+        "except ValueError as error: print(error)"
+    )
+    assert resource.RLIMIT_FSIZE is not None
+    for limit in (100_000, 700_000):  # while reading; while encoding
+        done = subprocess.run([sys.executable, "-c", program, str(limit)], capture_output=True, text=True, check=False)
+        assert done.stdout.startswith(f"cannot write the data cache {home}"), done.stderr
+        assert done.stdout.count("\n") == 1
+        assert not [path for path in (home / "datasets").iterdir() if path.is_dir()]
+
+
 def test_every_corpus_says_what_it_is_and_its_licence():
     for corpus in CORPORA.values():
         assert corpus.summary

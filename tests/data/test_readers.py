@@ -77,10 +77,15 @@ def test_a_hub_id_without_network_gets_one_line_quickly(monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    for corpus in ("openwebtext-100k", "someone/something"):
+    for corpus in ("openwebtext-100k", "cosmopedia-v2", "someone/something"):
         with pytest.raises(InputError, match="hub cannot be reached") as caught:
-            prepare(DataOptions(corpus=corpus), progress=False)
+            prepare(DataOptions(corpus=corpus, max_documents=100), progress=False)
         one_line(caught)
+
+
+def test_a_corpus_larger_than_most_disks_asks_for_a_limit():
+    with pytest.raises(InputError, match="max_documents"):
+        open_source(DataOptions(corpus="cosmopedia-v2"))
 
 
 def test_a_missing_datasets_package_is_one_line_with_the_pip_command(monkeypatch):

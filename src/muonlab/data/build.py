@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -168,14 +169,18 @@ def _read_and_split(options: DataOptions, source: Source, work: Path, progress: 
     spools = {name: _Spool(work / f"{name}.txt") for name in SPLITS}
     count = 0
     try:
-        for text in source.documents(progress):
-            if not text.strip():
-                continue
-            raw = text.encode("utf-8", "replace")  # a lone surrogate, which JSON can spell, has no UTF-8
-            spools[split_of(raw, options)].append(raw)
-            count += 1
-            if count == options.max_documents:
-                break
+        documents = source.documents(progress)
+        first = next(documents, "")  # what must be fetched for it shows a progress of its own
+        with show_progress(f"{source.name}: reading", None, progress) as advance:
+            for text in chain([first], documents):
+                if not text.strip():
+                    continue
+                raw = text.encode("utf-8", "replace")  # a lone surrogate, which JSON can spell, has no UTF-8
+                spools[split_of(raw, options)].append(raw)
+                advance(len(raw))
+                count += 1
+                if count == options.max_documents:
+                    break
     finally:
         for spool in spools.values():
             spool.done()
@@ -210,7 +215,7 @@ def _tokenizer(options: DataOptions, train: _Spool, built: Path, progress: bool)
         tokenizer: FileTokenizer = train_bpe(train.sample(options.tokenizer_bytes), options.vocab_size)
     else:
         tokenizer = load_tokenizer(Path(options.tokenizer).expanduser())
-    tokenizer.library.save(str(built / "tokenizer.json"))
+    (built / "tokenizer.json").write_text(tokenizer.library.to_str(), encoding="utf-8")
     return tokenizer
 
 

@@ -34,13 +34,19 @@ def cache_folder(name: str) -> Path:
     return folder
 
 
+_CANNOT_WRITE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR),
+)
+
+
 @contextmanager
 def write_errors() -> Iterator[None]:
     """A cache that cannot be written (full, read-only, forbidden) becomes one line."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno not in _CANNOT_WRITE:
             raise
         reason = error.strerror or str(error)
         raise InputError(

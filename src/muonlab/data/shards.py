@@ -119,12 +119,12 @@ class ShardWriter:
         self.counts += np.bincount(tokens, minlength=len(self.counts))
         self.bytes += text_bytes
         self.documents += len(starts)
-        tokens.tofile(self._tokens)
-        np.array(starts, "<i8").tofile(self._starts)
+        self._tokens.write(tokens.data)  # not tofile: on a full disk that raises an OSError without its errno
+        self._starts.write(np.array(starts, "<i8").data)
 
     def finish(self) -> dict[str, Any]:
         """Closes the files; returns the split's entry of the header."""
-        np.array([self.length], "<i8").tofile(self._starts)
+        self._starts.write(np.array([self.length], "<i8").data)
         self.close()
         return {
             "tokens": self.length,
