@@ -33,6 +33,28 @@ def write_comparison(directory: str | Path) -> list[Path]:
     return [picture, page]
 
 
+def write_exports(directory: str | Path) -> list[Path]:
+    """Write the comparison in `directory` for other programs and for print, beside its summary.
+
+    `runs.csv` (a row per run with its configuration), `curves.csv` (a row per evaluation), `tables.tex` (booktabs) and
+    `EXPERIMENT_CARD.txt`. InputError without a readable summary.
+    """
+    from muonlab.report import exports
+    from muonlab.report.reading import read_comparison
+    from muonlab.training.tracking import replace_file
+
+    material = read_comparison(directory)
+    texts = {
+        "runs.csv": exports.runs_csv(material),
+        "curves.csv": exports.curves_csv(material),
+        "tables.tex": exports.comparison_tex(material),
+        "EXPERIMENT_CARD.txt": exports.experiment_card(material),
+    }
+    for name, text in texts.items():
+        replace_file(Path(directory) / name, lambda temporary, text=text: temporary.write_bytes(text.encode()))
+    return [Path(directory) / name for name in texts]
+
+
 def print_comparison(directory: str | Path, console: Any = None) -> None:
     """Print trials, final losses, targets and verdicts of the comparison in `directory` (to a rich console)."""
     from rich.console import Console
@@ -45,4 +67,4 @@ def print_comparison(directory: str | Path, console: Any = None) -> None:
         console.print(part)
 
 
-__all__ = ["print_comparison", "write_comparison", "write_run"]
+__all__ = ["print_comparison", "write_comparison", "write_exports", "write_run"]
