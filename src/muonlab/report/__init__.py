@@ -23,13 +23,12 @@ def write_comparison(directory: str | Path) -> list[Path]:
     from muonlab.report.figures import comparison_plot
     from muonlab.report.html import comparison_page
     from muonlab.report.reading import read_comparison
-    from muonlab.training.tracking import replace_file
 
     material = read_comparison(directory)
     picture, page = Path(directory) / "comparison_plot.png", Path(directory) / "report.html"
     comparison_plot(material.summary, material.runs, picture)
     text = comparison_page(material)
-    replace_file(page, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    _write_text(page, text)
     return [picture, page]
 
 
@@ -41,7 +40,6 @@ def write_exports(directory: str | Path) -> list[Path]:
     """
     from muonlab.report import exports
     from muonlab.report.reading import read_comparison
-    from muonlab.training.tracking import replace_file
 
     material = read_comparison(directory)
     texts = {
@@ -51,7 +49,7 @@ def write_exports(directory: str | Path) -> list[Path]:
         "EXPERIMENT_CARD.txt": exports.experiment_card(material),
     }
     for name, text in texts.items():
-        replace_file(Path(directory) / name, lambda temporary, text=text: temporary.write_bytes(text.encode()))
+        _write_text(Path(directory) / name, text)
     return [Path(directory) / name for name in texts]
 
 
@@ -65,6 +63,15 @@ def print_comparison(directory: str | Path, console: Any = None) -> None:
     console = console or Console()
     for part in comparison_tables(read_summary(Path(directory) / SUMMARY)):
         console.print(part)
+
+
+def _write_text(path: Path, text: str) -> None:
+    from muonlab.training.tracking import replace_file
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(text.encode())  # bytes: CSV brings its own line ends
+
+    replace_file(path, write)
 
 
 __all__ = ["print_comparison", "write_comparison", "write_exports", "write_run"]

@@ -143,7 +143,7 @@ def _tex_signed(value: Any, unknown: str = "?") -> str:
 
 
 def _tex_interval(low: Any, high: Any) -> str:
-    return rf"$[{_tex_signed(low, '-\infty')}, {_tex_signed(high, '+\infty')}]$"
+    return "$[" + _tex_signed(low, r"-\infty") + ", " + _tex_signed(high, r"+\infty") + "]$"
 
 
 def _tabular(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -17,7 +17,7 @@ VERDICT_COLORS = {"better": "#00694b", "worse": "#a33c00", "not distinguishable"
 def slots(optimizers: Sequence[str]) -> dict[str, int]:
     """A place in the palette per optimizer: fixed for the well-known, the next free one for the rest."""
     taken = {name: KNOWN[name] for name in optimizers if name in KNOWN}
-    result = {}
+    result: dict[str, int] = {}
     for name in optimizers:
         if name not in taken or name in result:
             free = [i for i in range(len(PALETTE)) if i not in {*taken.values(), *result.values()}]
