@@ -41,7 +41,7 @@ class Budget:
 
 
 PROFILES = {
-    "quick": (Budget(trials=5, seeds=3, updates=100), {"training": {"eval_tokens": 16_384}}),
+    "quick": (Budget(trials=5, seeds=3, updates=100), {"training": {"micro_batch_size": 8, "eval_tokens": 16_384}}),
     "standard": (Budget(), {}),
 }
 """Budget and settings of a named profile: quick is what `make quick` runs, minutes on two cores."""
@@ -88,7 +88,7 @@ class Plan:
 
     def config(self, label: str, point: Point, seed: int, split: str) -> RunConfig[Any]:
         optimizer = label.split("#")[0]
-        changes = {
+        changes: dict[str, Any] = {
             "name": f"{label.replace('#', '-')}-{'tune' if split == 'tune' else 'final'}",
             "seed": seed,
             "optimizer": {"name": optimizer, **point.options(optimizer)},
@@ -311,7 +311,7 @@ def _summary(
         "budget": {
             **asdict(plan.budget),
             "tokens_per_update": plan.base.tokens_per_update,
-            "knobs": dict.fromkeys(names, ["lr", "embedding_lr = head_lr", "weight_decay", "momentum (Adam: beta 1)"]),
+            "knobs": {n: ["lr", "embedding_lr = head_lr", "weight_decay", "momentum (Adam: beta 1)"] for n in names},
             "spent": {
                 n: {
                     "trials": counters[n],

@@ -3,7 +3,9 @@
 import concurrent.futures
 import json
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -169,6 +171,14 @@ def _start_worker(stop: Any) -> None:
     global _stop_event
     _stop_event = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which sets the event
+    threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _die_with_parent(parent: int) -> None:
+    """A killed parent must not leave workers training for nobody; what they lose is as small as in any crash."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _work(config: dict[str, Any], directory: str) -> dict[str, Any]:

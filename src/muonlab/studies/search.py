@@ -45,7 +45,7 @@ class Point:
             if "momentum" in fields:
                 values["momentum"] = self.momentum
             elif "betas" in fields:
-                values["betas"] = [self.momentum, fields["betas"].default[1]]
+                values["betas"] = [self.momentum, getattr(OPTIMIZERS[optimizer].options(), "betas")[1]]  # noqa: B009 - typed as the base
         return values
 
 

@@ -138,11 +138,12 @@ def from_dict(values: Mapping[str, Any], where: str = "configuration") -> RunCon
     data = {"corpus": data} if isinstance(data, str) else dict(data)
     values.setdefault("name", f"{preset or 'model'}-{optimizer_key}")
     tables = {"schedule": {}, "loss": {}, "training": {}, **values}
-    kind = RunConfig[OPTIMIZERS[optimizer_key].options]  # type: ignore[name-defined]
+    kind: Any = RunConfig[OPTIMIZERS[optimizer_key].options]  # type: ignore[misc]
     try:
-        return kind.model_validate({**tables, "model": model, "data": data, "optimizer": optimizer})
+        config: RunConfig[Any] = kind.model_validate({**tables, "model": model, "data": data, "optimizer": optimizer})
     except ValidationError as error:
         raise one_line(error, kind, where) from None
+    return config
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -188,9 +189,7 @@ def resolve_machine(config: RunConfig[Any]) -> RunConfig[Any]:
         precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp16" and kind != "cuda":
         raise InputError("training.precision fp16 scales the loss on CUDA only; use fp32 or bf16 on this device")
-    program = training.program
-    if program == "auto":
-        program = "eager"
+    program = choose_program(training.program, device, precision)
     chunk = training.logit_chunk_bytes or (32 << 20 if kind == "cpu" else 512 << 20)
     return replace(
         config,
@@ -204,6 +203,18 @@ def resolve_machine(config: RunConfig[Any]) -> RunConfig[Any]:
     )
 
 
+def choose_program(wanted: str, device: str, precision: str) -> str:
+    """What `auto` means here; InputError for a program that this device does not have."""
+    captured = torch.device(device).type == "cuda" and precision != "fp16"
+    if wanted == "auto":
+        return "graph" if captured else "eager"
+    if wanted == "graph" and not captured:
+        raise InputError(
+            "training.program graph needs CUDA and bf16 or fp32 (fp16's loss scale decides on the host); use auto"
+        )
+    return wanted
+
+
 def run_id(config: RunConfig[Any], data_checksum: str) -> str:
     """Twelve hex digits over everything that determines a run's numbers: resolved configuration, data and seed."""
     values = config.to_dict()
@@ -214,7 +225,8 @@ def run_id(config: RunConfig[Any], data_checksum: str) -> str:
 
 def to_plain(options: Any) -> dict[str, Any]:
     """A dataclass of options as plain nested values."""
-    return TypeAdapter(type(options)).dump_python(options, mode="json")
+    plain: dict[str, Any] = TypeAdapter(type(options)).dump_python(options, mode="json")
+    return plain
 
 
 def optimizer_name(options: Any) -> str:

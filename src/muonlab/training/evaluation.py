@@ -3,9 +3,8 @@
 import math
 
 import torch
-from torch import nn
-
 from muonlab.data import Dataset, evaluation_windows
+from muonlab.models import Transformer
 from muonlab.models.ops import head_stats
 from muonlab.training.losses import cross_entropy
 from muonlab.training.update import Precision
@@ -25,7 +24,7 @@ class Evaluator:
         self.split, self.batch_size, self.chunk_bytes = split, batch_size, chunk_bytes
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, precision: Precision) -> dict[str, float | str]:
+    def __call__(self, model: Transformer, precision: Precision) -> dict[str, float | str]:
         training = model.training
         model.eval()
         device = next(model.parameters()).device

@@ -17,7 +17,6 @@ from muonlab.data import Dataset, batch, prepare
 from muonlab.errors import InputError
 from muonlab.models import Transformer
 from muonlab.optim.registry import build_optimizer
-from muonlab.optim.schedules import applied_lr, set_lr, set_momentum
 from muonlab.training import checkpoint
 from muonlab.training.config import RunConfig, optimizer_name, replace, resolve_machine, run_id
 from muonlab.training.evaluation import Evaluator
@@ -29,7 +28,10 @@ from muonlab.training.tracking import (
     versions,
     write_json,
 )
-from muonlab.training.update import Update
+from muonlab.training.update import SCALARS, Update
+
+READ_EVERY = 20
+"""Updates between two looks at what an accelerator has computed."""
 
 Event = Callable[[dict[str, Any]], None]
 """Called with every row of metrics.jsonl as it is written, with a `directory` besides."""
@@ -105,14 +107,15 @@ class Loop:
         torch.manual_seed(config.seed)
         self.model = Transformer(config.model).to(self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.routing = [dict(row) for row in self.optimizer.routing().rows]
+        self.routing = [dict(row) for row in self.optimizer.routing().rows]  # type: ignore[attr-defined]
         self.update = Update(self.model, self.optimizer, config)
         self.evaluators = [
             Evaluator(dataset, split, config.model.seq_len, training.eval_tokens, training.micro_batch_size, self.chunk)
             for split in training.eval_splits
         ]
         self.made = 0  # updates made
-        self.seconds = {"training": 0.0, "evaluation": 0.0, "other": 0.0}
+        self.seconds = {"training": 0.0, "compilation": 0.0, "evaluation": 0.0, "other": 0.0}
+        self.pending: list[torch.Tensor] = []
         self.rows: list[dict[str, Any]] = []
 
     @property
@@ -134,14 +137,21 @@ class Loop:
                 status = "diverged"
                 break
             last = self.made == training.updates
-            if last or self.made % training.eval_every == 0:
+            stop = not last and should_stop()
+            evaluates = last or self.made % training.eval_every == 0
+            saves = not last and (stop or self.made % training.checkpoint_every == 0)
+            if evaluates or saves:
+                message = self.read_pending(time.perf_counter())
+                if message is not None:
+                    status = "diverged"
+                    break
+            if evaluates:
                 self.evaluate()
-            if not last and should_stop():
+            if saves:
+                self.save()
+            if stop:
                 status, message = "interrupted", f"stopped after update {self.made}; run it again to go on"
-                self.save()
                 break
-            if not last and self.made % training.checkpoint_every == 0:
-                self.save()
         if status == "finished":
             checkpoint.save_weights(self.files.path, self.model)
         metrics = self.write_metrics(status, message)
@@ -150,34 +160,59 @@ class Loop:
         return {**metrics, "directory": str(self.files.path)}
 
     def one_update(self) -> str | None:
-        """Make update number `self.made`, record it, and say why the run has diverged if it has."""
-        config, training = self.config, self.config.training
+        """Make update number `self.made` and keep what it saw; say why the run has diverged if it has.
+
+        On an accelerator the host runs ahead: what updates saw is read a few at a time.
+        """
         start = time.perf_counter()
-        inputs, targets, ids = batch(self.dataset.train, config.model.seq_len, self.sequences, config.seed, self.made)
-        inputs, targets = inputs.to(self.device), targets.to(self.device)
-        ids = ids if ids is None else ids.to(self.device)
-        set_lr(self.optimizer, config.schedule.factor(self.made, training.updates))
-        set_momentum(self.optimizer, config.schedule, self.made)
-        applied = applied_lr(self.optimizer)  # read back: what the update uses, not what was meant
-        result = self.update(self.made, inputs, targets, ids)
-        loss = result.loss.item()  # waits for the device, so the clock below is true
-        self.seconds["training"] += time.perf_counter() - start
+        clock = "training" if self.update.ready else "compilation"
+        inputs, targets, ids = batch(
+            self.dataset.train, self.config.model.seq_len, self.sequences, self.config.seed, self.made
+        )
+        result = self.update(
+            self.made, self.to_device(inputs), self.to_device(targets), None if ids is None else self.to_device(ids)
+        )
+        self.pending.append(result)
         self.made += 1
-        row = {
-            "kind": "train",
-            "update": self.made,
-            "tokens": self.made * config.tokens_per_update,
-            "loss": loss,
-            "objective": result.objective.item(),
-            "lr": applied,
-            "grad_norm": result.grad_norm.item(),
-            "seconds": self.seconds["training"],
-        }
-        self.record(row)
-        if not math.isfinite(loss) or loss > training.divergence_bound:
-            return f"loss {loss:.4g} at update {self.made} (bound {training.divergence_bound:g} nats)"
-        if not math.isfinite(row["grad_norm"]) and training.precision != "fp16":
-            return f"gradient norm {row['grad_norm']} at update {self.made}"
+        if clock == "compilation" or self.device.type == "cpu" or len(self.pending) == READ_EVERY:
+            return self.read_pending(start, clock)
+        self.seconds["training"] += time.perf_counter() - start
+        return None
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+    def read_pending(self, start: float, clock: str = "training") -> str | None:
+        """Wait for the updates that were not read yet, count the time since `start`, and record them."""
+        if not self.pending:
+            return None
+        values = torch.stack(self.pending).tolist()  # waits for the device, so the clock is true
+        self.seconds[clock] += time.perf_counter() - start
+        first = self.made - len(self.pending)
+        self.pending = []
+        past = self.rows[-1]["seconds"] if self.rows else 0.0
+        for index, row in enumerate(values, 1):
+            loss, objective, grad_norm = row[: len(SCALARS)]
+            update = first + index
+            self.record(
+                {
+                    "kind": "train",
+                    "update": update,
+                    "tokens": update * self.config.tokens_per_update,
+                    "loss": loss,
+                    "objective": objective,
+                    "lr": dict(zip(self.update.kinds, row[len(SCALARS) :], strict=True)),
+                    "grad_norm": grad_norm,
+                    "seconds": past + (self.seconds["training"] - past) * index / len(values),
+                }
+            )
+            bound = self.config.training.divergence_bound
+            if not math.isfinite(loss) or loss > bound:
+                self.made = update
+                return f"loss {loss:.4g} at update {update} (bound {bound:g} nats)"
+            if not math.isfinite(grad_norm) and self.config.training.precision != "fp16":
+                self.made = update
+                return f"gradient norm {grad_norm} at update {update}"
         return None
 
     def evaluate(self) -> None:
@@ -234,7 +269,6 @@ class Loop:
         evaluations = [row for row in past["eval"] if row["split"] == chosen_split]
         best = min(evaluations, key=lambda row: row["cross_entropy"], default=None)
         final = {row["split"]: row for row in past["eval"]}  # the last row of each split
-        wall = self.seconds["training"] + self.seconds["evaluation"] + self.seconds["other"]
         tokens = self.made * config.tokens_per_update
         speed = self.made / self.seconds["training"] if self.seconds["training"] else 0.0
         metrics = {
@@ -250,13 +284,14 @@ class Loop:
             "versions": versions(),
             "data": {**dataset.describe(), "epochs": tokens / max(1, len(dataset.train.tokens))},
             "program": self.update.program,
+            "program_notice": self.update.notice,
             "device": device_name(self.device),
             "threads": config.training.threads,
             "parameters": self.parameter_counts(),
             "history": past,
             "updates": self.made,
             "tokens": tokens,
-            "seconds": {**self.seconds, "wall": wall},
+            "seconds": {**self.seconds, "wall": sum(self.seconds.values())},
             "updates_per_second": speed,
             "tokens_per_second": speed * config.tokens_per_update,
             "peak_memory_bytes": peak_memory(self.device),
