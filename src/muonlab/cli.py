@@ -432,7 +432,7 @@ def cmd_list(options: Any) -> None:
 
 
 def cmd_inspect(options: Any) -> None:
-    from muonlab.report.tables import inspection
+    from muonlab.report.inspection import inspection
     from muonlab.training.config import from_dict, merge
 
     options.fields = False
