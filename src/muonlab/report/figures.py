@@ -70,7 +70,7 @@ def run_plot(run: Mapping[str, Any], path: Path) -> None:
             if run.get("message"):
                 head += f": {_clip(run['message'], 90)}"
         figure.suptitle(plain(head), x=0.01, ha="left", fontsize=11, fontweight="bold")
-        _save(figure, path)
+        save(figure, path)
 
 
 def comparison_plot(summary: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -86,7 +86,7 @@ def comparison_plot(summary: Mapping[str, Any], runs: Mapping[str, Mapping[str, 
         _sensitivity(figure.add_subplot(grid[1]), summary)
         _differences(figure.add_subplot(grid[2]), summary)
         figure.suptitle(plain(summary["question"]), x=0.008, ha="left", fontsize=12, fontweight="bold")
-        _save(figure, path)
+        save(figure, path)
 
 
 # --- panels of one run -----------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def _losses(axes: Axes, run: Mapping[str, Any], key: str, label: str) -> None:
     if drawn:
         axes.legend()
     else:
-        _empty(axes, "no finite loss was recorded")
+        empty(axes, "no finite loss was recorded")
 
 
 def _accuracy(axes: Axes, run: Mapping[str, Any]) -> None:
@@ -131,7 +131,7 @@ def _accuracy(axes: Axes, run: Mapping[str, Any]) -> None:
     if drawn:
         axes.legend(loc="lower right")
     else:
-        _empty(axes, "no evaluation yet")
+        empty(axes, "no evaluation yet")
 
 
 def _learning_rate(axes: Axes, run: Mapping[str, Any]) -> None:
@@ -148,7 +148,7 @@ def _learning_rate(axes: Axes, run: Mapping[str, Any]) -> None:
         axes.set_ylim(bottom=0)
         axes.legend(title="parameters", loc="best")
     else:
-        _empty(axes, "no update was made")
+        empty(axes, "no update was made")
 
 
 # --- panels of a comparison ------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def _curves(axes: Axes, summary: Mapping[str, Any], runs: Mapping[str, Mapping[s
     axes.set_xlabel("updates")
     axes.set_ylabel(f"{split} split, nats per token")
     if not curves:
-        _empty(axes, "no final run finished")
+        empty(axes, "no final run finished")
         return
     limits = series.zoom(list(curves.values()))
     if limits:
@@ -187,7 +187,7 @@ def _sensitivity(axes: Axes, summary: Mapping[str, Any]) -> None:
     axes.set_title("b  Tuning: loss against learning rate")
     axes.set_ylabel("tune split, nats per token")
     if not any(math.isfinite(loss) for loss in losses):
-        _empty(axes, "no trial finished")
+        empty(axes, "no trial finished")
         return
     bottom, top = min(loss for loss in losses if math.isfinite(loss)), series.ceiling(losses)
     span = (top - bottom) or 0.1
@@ -229,7 +229,7 @@ def _differences(axes: Axes, summary: Mapping[str, Any]) -> None:
     verdicts = [v for v in summary.get("verdicts", ()) if v.get("differences")]
     axes.set_title("c  Verdict: paired differences by seed")
     if not verdicts:
-        _empty(axes, "no verdict")
+        empty(axes, "no verdict")
         return
     color = style.colors(list(summary["optimizers"]))
     for row, verdict in enumerate(verdicts):
@@ -287,7 +287,8 @@ def _spread(n: int) -> list[float]:
     return [0.0] if n == 1 else [0.16 * (i / (n - 1) - 0.5) for i in range(n)]
 
 
-def _empty(axes: Axes, text: str) -> None:
+def empty(axes: Axes, text: str) -> None:
+    """A panel that says why it shows nothing."""
     axes.grid(False)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -298,5 +299,6 @@ def _clip(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure as PNG, atomically."""
     replace_file(Path(path), lambda temporary: figure.savefig(temporary, format="png", dpi=150))
