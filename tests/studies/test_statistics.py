@@ -7,6 +7,7 @@ import pytest
 
 from muonlab.errors import InputError
 from muonlab.studies import statistics as S
+from muonlab.studies.search import Search
 
 # --- paired verdicts
 
@@ -148,6 +149,51 @@ def test_noise_floor_pools_the_repeats():
     assert floor.difference == pytest.approx(3.182446 * math.sqrt(2) * math.sqrt(8 / 3), rel=1e-6)
     with pytest.raises(InputError, match="twice"):
         S.noise_floor([[1.0]])
+
+
+# --- the whole path: tune, choose, repeat with seeds, judge
+
+
+def simulated_study(rng, curves, seeds=3, trials=5):
+    """One comparison of two optimizers whose true loss is `curve(octaves from the usual learning rate, auxiliary)`.
+
+    Returns the verdict and the true difference of the two configurations that tuning chose.
+    """
+    hard = {seed: rng.normal(0, 0.05) for seed in range(seeds + 1)}  # what a seed does to every optimizer alike
+    finals, truths = [], []
+    for curve in curves:
+        search = Search("muon", trials)
+        truth = {}
+        while points := search.ask():
+            for point in points:
+                truth[point] = curve(math.log2(point.lr / search.center), point.auxiliary)
+                search.tell(point, truth[point] + hard[0] + rng.normal(0, 0.01))  # seed 0 tunes and is not judged
+        truths.append(truth[search.best])
+        finals.append({seed: truth[search.best] + hard[seed] + rng.normal(0, 0.01) for seed in range(1, seeds + 1)})
+    return S.compare_paired(*finals), truths[0] - truths[1]
+
+
+def test_equal_optimizers_are_called_different_in_at_most_6_percent_of_studies():
+    rng = np.random.default_rng(10)
+    flat = [lambda octaves, auxiliary: 3.5] * 2  # every choice is equally good, so choosing follows noise alone
+    verdicts = [simulated_study(rng, flat)[0].verdict for _ in range(2000)]
+    assert np.mean([verdict != "not distinguishable" for verdict in verdicts]) <= 0.06
+
+
+def test_intervals_cover_the_true_difference_of_what_was_chosen_in_95_percent_of_studies():
+    rng = np.random.default_rng(11)
+
+    def muon(octaves, auxiliary):
+        return 3.50 + 0.02 * (octaves - 0.3) ** 2 + 0.01 * math.log(auxiliary) ** 2
+
+    def adamw(octaves, auxiliary):
+        return 3.52 + 0.05 * (octaves + 0.4) ** 2 + 0.01 * math.log(auxiliary) ** 2
+
+    covered = []
+    for _ in range(2000):
+        result, truth = simulated_study(rng, [muon, adamw], seeds=4)
+        covered.append(result.interval[0] <= truth <= result.interval[1])
+    assert 0.93 <= np.mean(covered) <= 0.97
 
 
 # --- targets
