@@ -166,7 +166,7 @@ class _Head(torch.autograd.Function):
                     p = p.to(h.dtype)
                     grad_h[part] += _matmul(p, low) * grad_lse[part, None]
                     if p.dtype == grad_weight.dtype:
-                        grad_weight.addmm_(p.T, scaled[part])
+                        torch.addmm(grad_weight, p.T, scaled[part], out=grad_weight)
                     else:
                         grad_weight += _matmul(p.T, scaled[part])
                     del p
@@ -191,7 +191,6 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(inputs[0], inputs[1], output[1])
 
     @staticmethod

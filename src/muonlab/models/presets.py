@@ -1,5 +1,7 @@
 """Named models: the laboratory's own and those of published experiments, with the parameter counts that tests hold exact."""
 
+from dataclasses import replace
+
 from muonlab.models.options import ModelOptions
 
 _EXPERTS = ModelOptions(
@@ -40,7 +42,7 @@ MODELS: dict[str, ModelOptions] = {
     # 79,059,840 parameters, 36,592,512 of them active: "exp9", Muon against Adam
     "moe-79m": _EXPERTS,
     # 107,371,392 parameters, 88,492,032 of them in matrices other than the embedding: optimizers against losses
-    "moe-107m": ModelOptions(**{**vars(_EXPERTS), "activation": "swiglu"}),
+    "moe-107m": replace(_EXPERTS, activation="swiglu"),
     # 385,283,072 parameters: the Qwen2-style toy model of Moonlight, used for block-wise Muon
     "qwen-385m": ModelOptions(
         vocab_size=151_936,
@@ -54,7 +56,7 @@ MODELS: dict[str, ModelOptions] = {
         rope_base=1_000_000.0,
         depth_init=False,
     ),
-    # 162,220,800 parameters, 123,586,560 without the embedding. The sizes of modded-nanogpt's simple trainer: an untied head
+    # 162,220,800 parameters, 123,587,328 without the embedding. The sizes of modded-nanogpt's simple trainer: an untied head
     # (embedding and head have learning rates of their own), heads of 128, squared ReLU and QK-norm; without its biases,
     # logit soft-cap and half-rotated heads.
     "gpt-124m": ModelOptions(
@@ -74,7 +76,7 @@ SUMMARIES: dict[str, str] = {
     "micro": "4 layers of 128, any vocabulary: minutes on two cores",
     "dense-128": "2 layers of 128, 6.7M parameters: the Muon ablation",
     "moe-79m": "6 layers of 384, 8 experts, 79M parameters (37M active): Muon against Adam",
-    "moe-107m": "6 layers of 384, 8 gated experts, 107M parameters (46M active): optimizers against losses",
+    "moe-107m": "6 layers of 384, 8 gated experts, 107M parameters (44M active): optimizers against losses",
     "qwen-385m": "12 layers of 1024, 385M parameters, Qwen2 style: block-wise Muon",
     "gpt-124m": "12 layers of 768, untied, 124M parameters without the embedding: the speedrun's simple trainer",
 }
