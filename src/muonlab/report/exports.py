@@ -10,6 +10,7 @@ from typing import Any
 from muonlab.report import html, series, style
 from muonlab.report.differences import flat
 from muonlab.report.reading import Material
+from muonlab.report.stability import recommendations
 from muonlab.report.threats import threats
 
 TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
@@ -121,6 +122,7 @@ def experiment_card(material: Material) -> str:
         lines.append(
             f"    chosen {style.values_text(row['chosen']) or '–'}; good range of lr {width}; training {style.duration(row['seconds'])} per run"
         )
+    lines += ["", "WHAT TO TAKE", *(f"  {r.kind}: {r.text}: {r.reason}" for r in recommendations(summary))]
     lines += ["", "PROTOCOL", *(f"  {term}: {text}" for term, text in html.protocol(material))]
     lines += ["", "SETTING", *(f"  {term}: {text}" for term, text in html.setting(material))]
     lines += [

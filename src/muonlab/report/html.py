@@ -10,6 +10,7 @@ import jinja2
 from muonlab.report import interactive, series, style
 from muonlab.report.differences import differing, flat, routing_rules
 from muonlab.report.reading import Material, finals_of
+from muonlab.report.stability import plateaus, recommendations, spikes
 from muonlab.report.threats import not_learned, threats
 from muonlab.studies.statistics import holm
 
@@ -26,6 +27,7 @@ def comparison_page(material: Material) -> str:
         overview=[overview(material, name) for name in names],
         targets=summary.get("to_target", ()),
         threats=threats(material),
+        recommended=recommendations(summary),
         protocol=protocol(material),
         trials=[trial for name in names for trial in series.trials_of(summary, name)],
         trial_rows=trial_rows(summary),
@@ -60,6 +62,9 @@ def answers(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         else:
             headline = f"No verdict on {candidate} against {reference}."
         facts = []
+        both = [name for name in (candidate, reference) if name in stuck]
+        if both:
+            facts.append(f"{' and '.join(both)} did not get below the unigram entropy: counting words does as well.")
         if math.isfinite(mean):
             facts.append(
                 f"Mean difference {style.signed(mean)} nats per token: perplexity is {math.exp(mean):.3f} times {reference}’s."
@@ -77,7 +82,7 @@ def answers(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "color": style.VERDICT_COLORS.get(word or "", style.MUTED),
                 "headline": headline,
                 "facts": facts,
-                "next": _next(verdict, stuck),
+                "next": _next(verdict),
                 "p_value": series.number(verdict.get("p_value")),
                 "holm": adjusted if len(corrected) > 1 else None,
                 "sentence": verdict.get("sentence"),
@@ -214,7 +219,13 @@ def final_rows(material: Material) -> list[dict[str, Any]]:
             "updates": run.get("updates"),
             "best": run.get("updates_to_best"),
         }
-        rows.append({**row, "memory": run.get("peak_memory_bytes"), "speed": run.get("updates_per_second")})
+        history = run.get("history") or {"train": [], "eval": []}
+        evaluated = series.evaluations(run, "report") if run else []
+        smooth = {
+            "spikes": spikes([series.number(step["loss"]) for step in history["train"]]) if run else None,
+            "plateaus": plateaus([step["cross_entropy"] for step in evaluated]) if run else None,
+        }
+        rows.append({**row, **smooth, "speed": run.get("updates_per_second"), "memory": run.get("peak_memory_bytes")})
     return rows
 
 
@@ -299,9 +310,9 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _next(verdict: Mapping[str, Any], stuck: Sequence[str]) -> str:
-    if verdict["candidate"] in stuck or verdict["reference"] in stuck:
-        return "Train longer, or search other learning rates: below the unigram entropy there is nothing to compare."
+def _next(verdict: Mapping[str, Any]) -> str:
+    if verdict.get("verdict") not in ("better", "worse", "not distinguishable"):
+        return "Train longer, or search other learning rates: until a model learns more than word counts there is nothing to compare."
     if verdict.get("verdict") == "not distinguishable":
         needed = series.number(verdict.get("seeds_needed"))
         if len(verdict.get("differences", ())) < 2:

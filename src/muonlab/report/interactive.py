@@ -221,7 +221,7 @@ def _look(material: Material, name: str) -> dict[str, str]:
 def _trial_text(name: str, trial: series.Trial) -> str:
     result = f"{trial.loss:.4f} nats" if math.isfinite(trial.loss) else trial.status
     lines = [f"<b>{text(name)}</b> trial {trial.index} ({text(trial.stage)}): {text(result)}"]
-    lines += [f"{text(key)} {text(style.short(value, 3))}" for key, value in trial.values.items()]
+    lines += [text(style.values_text({key: value})) for key, value in trial.values.items()]
     return "<br>".join(lines + (["chosen"] if trial.chosen else []))
 
 

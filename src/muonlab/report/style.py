@@ -11,6 +11,7 @@ PLOTLY_MARKERS = ("circle", "square", "triangle-up", "diamond", "triangle-down",
 KNOWN = {"muon": 0, "adamw": 1, "lion": 2, "sophia": 3, "sophia-g": 3, "sophia_g": 3, "sgd": 5, "adam": 4}
 
 INK, MUTED, RULE = "#1c1e21", "#5f6368", "#d7dade"
+VALUE_NAMES = {"auxiliary": "embedding and head lr ×", "weight_decay": "weight decay"}
 VERDICT_COLORS = {"better": "#00694b", "worse": "#a33c00", "not distinguishable": "#5f6368"}
 
 
@@ -80,4 +81,4 @@ def count(value: Any) -> str:
 
 def values_text(values: dict[str, Any]) -> str:
     """Settings of a trial in one line."""
-    return ", ".join(f"{key} {short(value, 3)}" for key, value in values.items())
+    return ", ".join(f"{VALUE_NAMES.get(key, key)} {short(value, 3)}" for key, value in values.items())

@@ -1,0 +1,100 @@
+"""How smoothly a run trained, and which settings to take or to leave: read off the stored losses."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from muonlab.report import series, style
+
+
+def spikes(losses: Sequence[float], window: int = 20, height: float = 6.0) -> int:
+    """Number of times the training loss jumps above its recent course.
+
+    A spike starts where a loss exceeds the median of the `window` before it by more than `height` times their median
+    absolute deviation (at least 0.1 nats), and lasts until it is back; a loss that is not finite is one.
+    """
+    count, inside = 0, False
+    past: list[float] = []
+    for loss in losses:
+        jump = not math.isfinite(loss)
+        if not jump and len(past) >= window // 2:
+            middle = statistics.median(past)
+            spread = statistics.median(abs(value - middle) for value in past)
+            jump = loss - middle > max(0.1, height * spread)
+        count += jump and not inside
+        inside = jump
+        if not jump:
+            past = [*past[-window + 1 :], loss]
+    return count
+
+
+def plateaus(losses: Sequence[float], tolerance: float = 0.005, length: int = 3) -> int:
+    """Number of stretches of at least `length` evaluations that improve on what was best before by less than
+    `tolerance` nats in all and are left again by a further improvement: a pause, not the end of the curve."""
+    count, quiet = 0, 0
+    best = math.inf
+    for loss in losses:
+        if loss < best - tolerance:
+            count += quiet >= length
+            quiet, best = 0, loss
+        else:
+            quiet += 1
+    return count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommendation:
+    """What to take, or to leave, and why."""
+
+    kind: str
+    text: str
+    reason: str
+
+
+def recommendations(summary: Mapping[str, Any]) -> list[Recommendation]:
+    """Primary (best loss of the final runs), fast (least training time within DELTA of it), avoid (what failed or lost
+    half a nat in tuning), from what was run and nothing else."""
+    finals: dict[str, tuple[float, float]] = {}
+    for name in summary["optimizers"]:
+        mine = [entry for entry in summary.get("finals", ()) if entry["optimizer"] == name]
+        losses = [series.number(entry.get("report_cross_entropy")) for entry in mine]
+        seconds = [series.number(entry.get("seconds")) for entry in mine]
+        if mine and all(map(math.isfinite, losses)):
+            finals[name] = (statistics.fmean(losses), statistics.fmean(seconds))
+    if not finals:
+        return []
+    values = {name: (summary.get("chosen") or {}).get(name, {}).get("values") or {} for name in finals}
+    best = min(finals, key=lambda name: finals[name][0])
+    good = [name for name in finals if finals[name][0] <= finals[best][0] + series.DELTA]
+    fast = min(good, key=lambda name: finals[name][1] if math.isfinite(finals[name][1]) else math.inf)
+    result = [
+        Recommendation(
+            kind="primary",
+            text=f"{best} with {style.values_text(values[best])}",
+            reason=f"lowest mean loss of the final runs, {style.loss(finals[best][0])}",
+        )
+    ]
+    if fast != best:
+        result.append(
+            Recommendation(
+                kind="fast",
+                text=f"{fast} with {style.values_text(values[fast])}",
+                reason=f"{style.duration(finals[fast][1])} of training instead of {style.duration(finals[best][1])}, loss {style.loss(finals[fast][0])}",
+            )
+        )
+    for name in summary["optimizers"]:
+        trials = series.trials_of(summary, name)
+        finite = [trial.loss for trial in trials if math.isfinite(trial.loss)]
+        bad = [t for t in trials if not math.isfinite(t.loss) or (finite and t.loss > min(finite) + 0.5)]
+        if bad:
+            rates = ", ".join(dict.fromkeys(style.short(trial.lr, 3) for trial in bad))
+            result.append(
+                Recommendation(
+                    kind="avoid",
+                    text=f"{name} at lr {rates}",
+                    reason="did not finish, or half a nat worse than its best trial",
+                )
+            )
+    return result
