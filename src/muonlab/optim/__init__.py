@@ -1,6 +1,7 @@
 """Optimizers: Muon and its rivals as pure rules over stacks of matrices, and the torch classes around them."""
 
 from muonlab.optim.coefficients import COEFFICIENTS, CoefficientSet
+from muonlab.optim.conventions import CONVENTIONS, convert_lr
 from muonlab.optim.muon import Muon
 from muonlab.optim.optimizer import HybridOptimizer
 from muonlab.optim.options import (
@@ -9,6 +10,7 @@ from muonlab.optim.options import (
     LionOptions,
     MuonOptions,
     OptimizerOptions,
+    Override,
     SGDOptions,
     SophiaGOptions,
 )
@@ -20,6 +22,7 @@ from muonlab.optim.schedules import SCHEDULES, Schedule, applied_lr, set_lr, set
 
 __all__ = [
     "COEFFICIENTS",
+    "CONVENTIONS",
     "OPTIMIZERS",
     "SCHEDULES",
     "AdamWOptions",
@@ -32,6 +35,7 @@ __all__ = [
     "MuonOptions",
     "OptimizerEntry",
     "OptimizerOptions",
+    "Override",
     "RoutingTable",
     "SGDOptions",
     "Schedule",
@@ -39,6 +43,7 @@ __all__ = [
     "SophiaGOptions",
     "applied_lr",
     "build_optimizer",
+    "convert_lr",
     "orthogonalize",
     "set_lr",
     "set_momentum",

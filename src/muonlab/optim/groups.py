@@ -1,86 +1,182 @@
 """Parameter groups out of routes and options: every option of every rule is a plain value of a group."""
 
 from collections.abc import Iterable
+from dataclasses import fields, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from muonlab.errors import InputError
+from muonlab.errors import InputError, unknown
 from muonlab.optim import rules
 from muonlab.optim.options import MuonOptions, OptimizerOptions
 from muonlab.optim.routing import Route, route
 from muonlab.optim.views import View, shapes
 
+_MUON = (
+    "momentum",
+    "nesterov",
+    "heavy_ball",
+    "momentum_dtype",
+    "coefficients",
+    "ns_steps",
+    "method",
+    "dtype",
+    "norm_eps",
+    "scale",
+    "scaled_decay",
+    "equilibrate_rows",
+    "renormalize",
+    "normuon_beta",
+    "normuon_axis",
+    "idle",
+    "block_period",
+    "block_lr",
+    "max_workspace_bytes",
+)
 
-def param_groups(routes: list[Route], options: OptimizerOptions, hidden_rule: str, rule: str) -> list[dict[str, Any]]:
-    """Parameter groups: one for every different treatment, in the order in which they first occur."""
-    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+def plan(
+    params: nn.Module | Iterable[Any], options: OptimizerOptions, hidden_rule: str, rule: str, lr: Tensor | None = None
+) -> list[dict[str, Any]]:
+    """The groups for a module, or for parameters, (name, parameter) pairs or groups of them.
+
+    A module is routed by `routing.route`. Of given parameters matrices and stacks of matrices go to `hidden_rule`, vectors to
+    `rule`; four and more axes are a convolution. A given group may hold any field of the options, and `use_muon`.
+    `lr` is a live tensor in place of `options.lr`.
+    """
+    if isinstance(params, nn.Module):
+        return param_groups(route(params, options.overrides, options.strict), options, hidden_rule, rule, lr)
+    entries = [params] if isinstance(params, (Tensor, dict)) else list(params)
+    if not entries:
+        raise InputError("the optimizer got an empty list of parameters")
+    if not isinstance(entries[0], dict):
+        entries = [{"params": entries}]
+    groups: list[dict[str, Any]] = []
+    number = 0
+    for entry in entries:
+        routes, given = _given(dict(entry), number)
+        number += len(routes)
+        live = given.pop("lr") if isinstance(given.get("lr"), Tensor) else None if "lr" in given else lr
+        groups += param_groups(routes, _with(options, given), hidden_rule, rule, live)
+    return groups
+
+
+def param_groups(
+    routes: list[Route], options: OptimizerOptions, hidden_rule: str, rule: str, lr: Tensor | None = None
+) -> list[dict[str, Any]]:
+    """One group for every different treatment, in the order in which they first occur."""
     if not routes:
         raise InputError("the optimizer got no parameters that want a gradient")
-    min_dim = getattr(options, "min_dim", 1)
+    _check(routes)
+    width = next((entry.param.shape[-1] for entry in routes if entry.kind == "embedding"), None)
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for entry in routes:
-        if entry.param.is_complex():
-            raise InputError(f"parameter {entry.name!r} is complex; only real parameters are supported")
-        matrix = (
-            entry.kind == "hidden"
-            and min(min(shape[-2:]) for shape in shapes(tuple(entry.param.shape), entry.view)) >= min_dim
+        used, reason = _rule_for(entry, options, hidden_rule, rule)
+        muon = used == "muon"
+        view: View = entry.view if muon else ()
+        size = (
+            (entry.block_size if entry.block_size is not None else getattr(options, "block_size", None))
+            if muon
+            else None
         )
-        kind = entry.kind
-        used = hidden_rule if matrix else rule
-        view = entry.view if used == "muon" else ()
-        key = (kind, used, view)
+        key = (entry.kind, used, view, size, entry.lr, entry.weight_decay)
         if key not in groups:
+            rate = options.lr_of(entry.kind) if entry.lr is None else entry.lr
+            live = lr is not None and entry.lr is None and not options.sets_lr_of(entry.kind)
+            scaling = (width / 768) ** -0.5 if width and not muon and getattr(options, "width_scaling", False) else 1.0
             groups[key] = {
                 "params": [],
-                "param_names": [],
                 "reasons": [],
-                "kind": kind,
+                "kind": entry.kind,
                 "rule": used,
-                "lr": options.lr_of(kind),
-                "weight_decay": options.weight_decay_of(kind),
-                **_rule_options(options, used, view),
+                "lr": lr if live else rate * scaling,
+                "weight_decay": options.weight_decay_of(entry.kind)
+                if entry.weight_decay is None
+                else entry.weight_decay,
+                "cautious_decay": options.cautious_decay,
+                "skip_nonfinite": options.skip_nonfinite,
+                **_rule_options(options, used),
             }
-        groups[key]["params"].append(entry.param)
-        groups[key]["param_names"].append(entry.name)
-        groups[key]["reasons"].append(
-            entry.reason if matrix or entry.kind != "hidden" or hidden_rule == rule else "small matrix"
-        )
-    # torch wants the names beside the parameters, as pairs.
-    for group in groups.values():
-        group["params"] = list(zip(group.pop("param_names"), group["params"]))
+            if muon:
+                groups[key].update(view=view, block_size=size or None, updates=0)
+        groups[key]["params"].append((entry.name, entry.param))
+        groups[key]["reasons"].append(reason)
     return list(groups.values())
 
 
-def _rule_options(options: OptimizerOptions, rule: str, view: View) -> dict[str, Any]:
+def _rule_for(entry: Route, options: OptimizerOptions, hidden_rule: str, rule: str) -> tuple[str, str]:
+    if entry.kind != "hidden":
+        return rule, entry.reason
+    smallest = min(min(shape[-2:]) for shape in _shapes(entry))
+    if smallest < getattr(options, "min_dim", 1) and rule != hidden_rule:
+        return rule, "small matrix"
+    return hidden_rule, entry.reason
+
+
+def _shapes(entry: Route) -> list[tuple[int, ...]]:
+    try:
+        return shapes(tuple(entry.param.shape), entry.view)
+    except InputError as error:
+        raise InputError(f"parameter {entry.name!r}: {error}") from None
+
+
+def _rule_options(options: OptimizerOptions, rule: str) -> dict[str, Any]:
     if rule in rules.ELEMENTWISE:
         return rules.ELEMENTWISE[rule].hyper(vars(options))
-    if rule != "muon":
-        return {}
-    assert isinstance(options, MuonOptions)
-    names = (
-        "momentum",
-        "nesterov",
-        "coefficients",
-        "ns_steps",
-        "method",
-        "dtype",
-        "scale",
-        "block_size",
-        "max_workspace_bytes",
-    )
-    return {"view": view, **{name: getattr(options, name) for name in names}}
+    return {name: getattr(options, name) for name in _MUON} if rule == "muon" else {}
 
 
-def routes_of(params: nn.Module | Iterable[Any]) -> list[Route]:
-    if isinstance(params, nn.Module):
-        return route(params)
-    entries = list(params)
-    if entries and isinstance(entries[0], dict):
-        raise InputError("parameter groups are not supported yet: give a module or a list of parameters")
+def _check(routes: list[Route]) -> None:
+    seen: dict[int, str] = {}
+    for entry in routes:
+        if not isinstance(entry.param, Tensor):
+            raise InputError(f"{entry.name} is a {type(entry.param).__name__}, not a parameter")
+        if entry.param.is_complex():
+            raise InputError(f"parameter {entry.name!r} is complex; only real parameters are supported")
+        if id(entry.param) in seen:
+            raise InputError(f"parameter {entry.name!r} is given twice, first as {seen[id(entry.param)]!r}")
+        seen[id(entry.param)] = entry.name
+
+
+def _given(group: dict[str, Any], number: int) -> tuple[list[Route], dict[str, Any]]:
+    """Routes of a group of parameters that a user made, and its options."""
+    params = group.pop("params", None)
+    if params is None:
+        raise InputError("a parameter group needs the key 'params'")
+    use_muon = group.pop("use_muon", True)
     routes = []
-    for i, item in enumerate(entries):
-        name, param = item if isinstance(item, tuple) else (f"parameter {i}", item)
-        matrix = param.ndim >= 2
-        view: View = (("conv", 1),) if param.ndim > 3 else ()
+    for i, item in enumerate([params] if isinstance(params, Tensor) else params):
+        name, param = item if isinstance(item, tuple) else (f"parameter {number + i}", item)
+        matrix = use_muon and getattr(param, "ndim", 0) >= 2
+        view: View = (("conv", 1),) if matrix and param.ndim > 3 else ()
         routes.append(Route(name=name, param=param, kind="hidden" if matrix else "vector", view=view, reason="given"))
-    return routes
+    if not use_muon and "weight_decay" in group:
+        group.setdefault("vector_weight_decay", group["weight_decay"])
+    return routes, group
+
+
+def _with(options: OptimizerOptions, given: dict[str, Any]) -> OptimizerOptions:
+    given = torch_arguments(given) if isinstance(options, MuonOptions) else given
+    known = [field.name for field in fields(options)]
+    for name in given:
+        if name not in known:
+            raise unknown("key of a parameter group", name, [*known, "params", "use_muon"])
+    return replace(options, **given)
+
+
+def torch_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments in the words of torch.optim.Muon as fields of `MuonOptions`."""
+    given = dict(given)
+    coefficients = given.pop("ns_coefficients", None)
+    if coefficients is not None:
+        if len(coefficients) != 3:
+            raise InputError(f"ns_coefficients must be three numbers (a, b, c), got {tuple(coefficients)}")
+        steps = given.pop("ns_steps", None) or 5
+        given.update(coefficients=(tuple(coefficients),) * steps, ns_steps=None)
+    if "adjust_lr_fn" in given:
+        names = {None: "keller", "original": "keller", "match_rms_adamw": "moonlight"}
+        adjust = given.pop("adjust_lr_fn")
+        if adjust not in names:
+            raise unknown("adjust_lr_fn", str(adjust), [name for name in names if name])
+        given["scale"] = names[adjust]
+    return given

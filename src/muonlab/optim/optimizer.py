@@ -1,4 +1,4 @@
-"""The optimizer: torch's interface around the pure rules, with every parameter on the rule that its route says.
+"""The optimizer: torch's interface around the rules, with every parameter on the rule that its route says.
 
 A step walks the parameter groups. Matrices of one shape, whatever parameter, expert, head or tile they come from, are
 updated together as one stack by `step.update_matrices`; entries of all other parameters by `step.update_entries`.
@@ -8,29 +8,53 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from muonlab.errors import InputError
 from muonlab.optim import rules
+from muonlab.optim.groups import plan
+from muonlab.optim.options import OptimizerOptions
 from muonlab.optim.routing import RoutingTable, table_of
-from muonlab.optim.step import Stack, chunks, flat, matrices_at_once, update_entries, update_matrices
+from muonlab.optim.step import Stack, chunks, matrices_at_once, update_entries, update_matrices
 from muonlab.optim.views import View, matrices
 
 # Parameters up to this many elements are stacked with others of their shape.
 _SMALL = 1 << 16
+_STATE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class HybridOptimizer(torch.optim.Optimizer):
     """Parameter groups with a `rule` each: "muon", or a name of `rules.ELEMENTWISE`.
 
     All options live in `param_groups` as plain values (or live tensors), so schedulers and checkpoints see them.
+
+    Args:
+        params: a module (routed by `routing.route`), or parameters, named parameters or groups of them.
+        options: the optimizer's options; a group may override any of its fields.
+        hidden_rule, rule: the rules of hidden matrices and of everything else.
+        lr: a live tensor to use in place of `options.lr`; fill it to change the learning rate.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], defaults: dict[str, Any]) -> None:
-        super().__init__(list(groups), defaults)
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        options: OptimizerOptions,
+        hidden_rule: str,
+        rule: str,
+        lr: Tensor | None = None,
+    ) -> None:
+        self._options, self._rules = options, (hidden_rule, rule)
+        groups = plan(params, options, hidden_rule, rule, lr)
+        super().__init__(groups, {"lr": options.lr if lr is None else lr, "weight_decay": options.weight_decay})
 
     def routing(self) -> RoutingTable:
         """Which rule updates which parameter, with what learning rate, decay and scale: `.rows`, or print it."""
         return table_of(self)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters later, as torch does: matrices and vectors of one group may become several groups."""
+        for group in [param_group] if "rule" in param_group else plan([param_group], self._options, *self._rules):
+            super().add_param_group(group)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -38,71 +62,165 @@ class HybridOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update from the gradients in place; parameters without a gradient are left alone."""
+        """One update from the gradients in place; parameters without a gradient are left alone.
+
+        Raises InputError, before anything is changed, for a sparse gradient.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
-            if not params:
-                continue
-            if group["rule"] == "muon":
-                self._step_matrices(group, params)
-            else:
-                self._step_entries(group, params)
+        work = [(group, [param for param in group["params"] if param.grad is not None]) for group in self.param_groups]
+        self._refuse_sparse(work)
+        keep = _all_finite(work) if any(group["skip_nonfinite"] for group, _ in work) else None
+        for group, params in work:
+            if params and group["rule"] == "muon":
+                self._step_matrices(group, params, keep)
+            elif params:
+                self._step_entries(group, params, keep)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a `state_dict()` exactly: state keeps its own dtype (torch would cast it to that of the parameter)."""
+        """Loads a `state_dict()` exactly: state keeps its own dtype (torch would cast it to that of the parameter), a live
+        tensor of a group stays the same tensor and takes the saved value.
+
+        Raises InputError, before anything is changed, for the state of another model.
+        """
+        self._refuse_foreign(state_dict)
+        live = [{k: v for k, v in group.items() if isinstance(v, Tensor)} for group in self.param_groups]
         super().load_state_dict(state_dict)
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for index, param in zip(saved, params):
+        for group, tensors in zip(self.param_groups, live):
+            for name, tensor in tensors.items():
+                if name in group:
+                    value = group[name]
+                    tensor.copy_(value) if isinstance(value, Tensor) else tensor.fill_(value)
+                    group[name] = tensor
+        for index, param in zip(_saved_indices(state_dict), self._params()):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     self.state[param][name] = value.to(device=param.device, copy=True)
 
-    def _step_matrices(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        view = _view(group)
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps only its own three attributes when an optimizer is pickled or deep-copied.
+        return {**super().__getstate__(), "_options": self._options, "_rules": self._rules}
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _refuse_sparse(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
+        for group, params in work:
+            for param in params:
+                if param.grad is not None and param.grad.layout != torch.strided:
+                    index = next(i for i, other in enumerate(group["params"]) if other is param)
+                    name = repr(group["param_names"][index]) if "param_names" in group else f"parameter {index}"
+                    raise InputError(f"the gradient of {name} is sparse; build its module with sparse=False")
+
+    def _refuse_foreign(self, state_dict: dict[str, Any]) -> None:
+        saved, here = state_dict["param_groups"], self.param_groups
+        names = [name for group in saved for name in group.get("param_names", ())]
+        own = [name for group in here for name in group.get("param_names", ())]
+        for theirs, ours in zip(names, own):
+            if theirs != ours:
+                raise InputError(f"the state is of another model: it has {theirs!r} where this optimizer has {ours!r}")
+        sizes, lengths = [len(group["params"]) for group in saved], [len(group["params"]) for group in here]
+        if sizes != lengths:
+            raise InputError(f"the state is of another model: groups of {sizes} parameters, here {lengths}")
+        for index, param, i in zip(_saved_indices(state_dict), self._params(), range(len(self._params()))):
+            value = state_dict["state"].get(index, {}).get("momentum_buffer", param)
+            if value.shape != param.shape:
+                name = own[i] if own else f"parameter {i}"
+                shapes = f"{tuple(value.shape)} where this optimizer has {tuple(param.shape)}"
+                raise InputError(f"the state is of another model: {name} has shape {shapes}")
+
+    def _step_matrices(self, group: dict[str, Any], params: list[Tensor], keep: Tensor | None) -> None:
+        full = True
+        if group["block_size"] and group["block_period"]:
+            full = group["updates"] % group["block_period"] == 0
+            group["updates"] += 1
+        elif group["block_size"]:
+            full = False
+        view: View = tuple(group["view"]) + (() if full else (("tiles", group["block_size"]),))
+        lr = group["lr"] if full or group["block_lr"] is None else group["block_lr"]
         buckets: dict[tuple[Any, ...], list[Stack]] = {}
         for param in params:
-            grad = param.grad
-            assert grad is not None
-            state = self._state(param, ("momentum_buffer",))
-            parts = zip(
-                matrices(param, view), matrices(grad, view, param), matrices(state["momentum_buffer"], view, param)
-            )
-            for stack in parts:
-                key = (stack[0].shape[-2:], stack[0].dtype, stack[0].device)
-                buckets.setdefault(key, []).extend(flat(stack))
+            for stack in self._stacks(param, view, group):
+                key = (stack.param.shape[-2:], stack.param.dtype, stack.param.device)
+                buckets.setdefault(key, []).append(stack)
         for bucket in buckets.values():
-            for chunk in chunks(bucket, matrices_at_once(group, bucket)):
-                update_matrices(chunk, group)
+            for chunk in chunks(bucket, matrices_at_once(bucket, group["max_workspace_bytes"])):
+                update_matrices(chunk, group, lr, keep)
 
-    def _step_entries(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _stacks(self, param: Tensor, view: View, group: Mapping[str, Any]) -> list[Stack]:
+        """The matrices of one parameter with gradient and state, as stacks [k, m, n]."""
+        grad = param.grad
+        assert grad is not None
+        state = self._state(param, ("momentum_buffer",), group["momentum_dtype"])
+        parts = [matrices(tensor, view, param) for tensor in (param, grad, state["momentum_buffer"])]
+        stacks = [stack for part in zip(*parts) for stack in _flat(*part)]
+        if group["normuon_beta"] is not None:
+            long = group["normuon_axis"] == "long"
+            shapes = [_neurons(s.param, long) for s in stacks]
+            self._slices(param, stacks, "second_moment", shapes)
+        if group["idle"] == "fade":
+            self._slices(param, stacks, "idle", [(len(stack.param), 1, 1) for stack in stacks])
+        return stacks
+
+    def _slices(self, param: Tensor, stacks: list[Stack], name: str, shapes: list[tuple[int, ...]]) -> None:
+        """Small state that follows the matrices of a view is one flat fp32 tensor a parameter, cut up here."""
+        sizes = [torch.Size(shape).numel() for shape in shapes]
+        state = self.state[param]
+        if name not in state:
+            state[name] = torch.zeros(sum(sizes), dtype=torch.float32, device=param.device)
+        for stack, piece, shape in zip(stacks, torch.split(state[name], sizes), shapes):
+            stack.state[name] = piece.view(shape)
+
+    def _step_entries(self, group: dict[str, Any], params: list[Tensor], keep: Tensor | None) -> None:
         rule = rules.ELEMENTWISE[group["rule"]]
         buckets: dict[tuple[Any, ...], list[Tensor]] = {}
         for i, param in enumerate(params):
             state = self._state(param, rule.state)
             if rule.counts:
-                state["step"] += 1
+                state.setdefault("step", torch.zeros((), dtype=torch.float32, device=param.device))
+                state["step"] += 1 if keep is None else keep.to(state["step"].device)
             alone = param.numel() > _SMALL
             buckets.setdefault((param.shape, param.dtype, param.device, i if alone else -1), []).append(param)
         for bucket in buckets.values():
-            update_entries(bucket, [self.state[param] for param in bucket], rule, group)
+            update_entries(bucket, [self.state[param] for param in bucket], rule, group, keep)
 
-    def _state(self, param: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
+    def _state(self, param: Tensor, names: tuple[str, ...], dtype: str = "auto") -> dict[str, Any]:
         state: dict[str, Any] = self.state[param]
         if not state:
             # Averages of half-precision gradients would stop moving in half precision.
-            dtype = torch.float32 if param.dtype in (torch.float16, torch.bfloat16) else param.dtype
+            half = param.dtype in (torch.float16, torch.bfloat16)
+            work = _STATE_DTYPES.get(dtype, torch.float32 if half else param.dtype)
             for name in names:
-                state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+                state[name] = torch.zeros_like(param, dtype=work, memory_format=torch.preserve_format)
         return state
 
 
-def _view(group: Mapping[str, Any]) -> View:
-    tiles: View = (("tiles", group["block_size"]),) if group["block_size"] else ()
-    return tuple(group["view"]) + tiles
+def _flat(param: Tensor, grad: Tensor, momentum: Tensor) -> list[Stack]:
+    """Stacks [..., m, n] as stacks [k, m, n], without a copy."""
+    if param.ndim == 2:
+        return [Stack(param[None], grad[None], {"momentum_buffer": momentum[None]})]
+    if param.ndim == 3:
+        return [Stack(param, grad, {"momentum_buffer": momentum})]
+    return [stack for parts in zip(param.unbind(0), grad.unbind(0), momentum.unbind(0)) for stack in _flat(*parts)]
+
+
+def _neurons(stack: Tensor, long: bool) -> tuple[int, ...]:
+    """Shape of NorMuon's second moment for a stack [k, m, n]."""
+    count, rows, cols = stack.shape
+    return (count, rows, 1) if not long or rows >= cols else (count, 1, cols)
+
+
+def _all_finite(work: list[tuple[dict[str, Any], list[Tensor]]]) -> Tensor:
+    """True if every entry of every gradient is finite, as a tensor: no host sync."""
+    grads = [param.grad for _, params in work for param in params if param.grad is not None]
+    if not grads:
+        return torch.tensor(True)
+    norms = torch._foreach_norm(grads, ord=float("inf"))
+    return torch.isfinite(torch.stack([norm.float().to(norms[0].device) for norm in norms])).all()
+
+
+def _saved_indices(state_dict: dict[str, Any]) -> list[int]:
+    return [index for group in state_dict["param_groups"] for index in group["params"]]

@@ -5,11 +5,54 @@ Learning rates and decays exist per kind of parameter for every optimizer, so th
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from muonlab.errors import InputError, unknown
 from muonlab.optim.coefficients import resolve
+from muonlab.optim.polar import DTypeName, Method, check_method
 from muonlab.optim.scaling import SCALES
+
+KINDS = ("hidden", "embedding", "head", "router", "vector")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Override:
+    """A treatment of one's own for the parameters that match; what is not set stays as routing decided.
+
+    Several may match one parameter: they apply in order, later ones over earlier ones.
+    """
+
+    name: str = "*"
+    """Pattern for the full name of the parameter, such as "*.attn.qkv.weight" (shell wildcards)."""
+    module: str = "*"
+    """Pattern for the class name of the module that owns it, such as "Conv2d"."""
+    kind: Literal["hidden", "embedding", "head", "router", "vector"] | None = None
+    """Treat it as this kind; "hidden" means Muon."""
+    lr: float | None = None
+    """Its own learning rate."""
+    weight_decay: float | None = None
+    """Its own weight decay."""
+    split: tuple[int, ...] | None = None
+    """Sizes of fused projections along `axis`: each is a matrix of its own."""
+    head_dim: int | None = None
+    """Rows (or columns, see `axis`) of an attention head: each head is a matrix of its own, after `split`."""
+    axis: Literal[0, 1] = 0
+    """0: split and head_dim count outputs (rows), as for query, key and value; 1: inputs, as for the output projection."""
+    block_size: int | None = None
+    """Its own tile size; 0 for whole matrices."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        if self.kind is not None and self.kind not in KINDS:
+            raise unknown("kind", self.kind, KINDS)
+        _not_negative("lr", self.lr)
+        _not_negative("weight_decay", self.weight_decay)
+        if self.head_dim is not None and self.block_size and self.block_size > self.head_dim:
+            raise InputError(
+                f"override {self.name!r}: block_size {self.block_size} is larger than head_dim {self.head_dim}: "
+                "heads are already smaller matrices; leave one of them out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +75,14 @@ class OptimizerOptions:
     """Weight decay of the output head; not set: `weight_decay`."""
     vector_weight_decay: float = 0.0
     """Weight decay of norms, biases and scalars: none, as is usual."""
+    cautious_decay: bool = False
+    """Decay only entries that the update moves towards zero or not at all."""
+    skip_nonfinite: bool = False
+    """An update whose gradients hold a NaN or an infinity changes nothing (decided on the device)."""
+    overrides: tuple[Override, ...] = ()
+    """Treatments of one's own for some parameters, by name pattern or module class."""
+    strict: bool = False
+    """Refuse parameters of modules that routing does not know, in place of a warning."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
@@ -43,9 +94,16 @@ class OptimizerOptions:
 
     def lr_of(self, kind: str) -> float:
         """The learning rate of a kind of parameter."""
-        own = {"embedding": self.embedding_lr, "head": self.head_lr, "vector": self.vector_lr, "router": self.vector_lr}
-        rate = own.get(kind)
+        rate = self._own_lr(kind)
         return self.lr if rate is None else rate
+
+    def sets_lr_of(self, kind: str) -> bool:
+        """True if the kind has a learning rate of its own, not `lr`."""
+        return self._own_lr(kind) is not None
+
+    def _own_lr(self, kind: str) -> float | None:
+        own = {"embedding": self.embedding_lr, "head": self.head_lr, "vector": self.vector_lr, "router": self.vector_lr}
+        return own.get(kind)
 
     def weight_decay_of(self, kind: str) -> float:
         """The weight decay of a kind of parameter."""
@@ -135,14 +193,18 @@ class MuonOptions(OptimizerOptions):
     """Polynomials of the orthogonalisation: a registered name ("polar_express@1.05" sets the safety factor) or steps (a, b, c)."""
     ns_steps: int | None = None
     """Number of steps of the orthogonalisation; not set: that of the coefficients (5 for most)."""
-    method: Literal["auto", "standard", "svd"] = "auto"
-    """How the orthogonalisation is computed."""
-    dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"
+    method: Method = "auto"
+    """How the orthogonalisation is computed: standard, gram (far from square, not in bf16), svd (exact, slow)."""
+    dtype: DTypeName = "auto"
     """Precision of the orthogonalisation; auto: fp16 on CUDA, bf16 on a CPU with such instructions, else fp32."""
     scale: str = "moonlight"
     """Size of the update: moonlight (as AdamW's, so that learning rate and decay carry over), keller, spectral or none."""
     block_size: int | None = None
     """Orthogonalise tiles of this size instead of whole matrices."""
+    block_period: int = 0
+    """With block_size: every so many updates the whole matrix is orthogonalised, the first update included; 0: never."""
+    block_lr: float | None = None
+    """With block_size: learning rate of updates on tiles; not set: `lr`."""
     min_dim: int = 8
     """Hidden matrices with fewer rows or columns than this are updated as vectors are."""
     fallback: Literal["adamw", "lion"] = "adamw"
@@ -151,6 +213,27 @@ class MuonOptions(OptimizerOptions):
     """Betas of the fallback."""
     eps: float = 1e-8
     """Epsilon of the fallback (AdamW)."""
+    width_scaling: bool = False
+    """Multiply the fallback's learning rates by (d_model / 768) ** -0.5, d_model being the width of the embedding."""
+    heavy_ball: bool = False
+    """Momentum adds gradients up instead of averaging them: the same directions while momentum is constant."""
+    momentum_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Storage of the momentum; auto: as the parameter, fp32 for half-precision ones."""
+    scaled_decay: bool = False
+    """Weight decay is multiplied by the scale of the update too."""
+    norm_eps: float = 0.0
+    """Lower bound of the norm that a matrix is divided by; 0: any magnitude is the same."""
+    equilibrate_rows: bool = False
+    """Bring all rows to the same norm before the orthogonalisation (MuonEq)."""
+    renormalize: bool = False
+    """Give the update the Frobenius norm of an exactly orthogonal matrix (Muon+)."""
+    normuon_beta: float | None = None
+    """NorMuon: averaging of the squares of every neuron's update; not set: off. 0.95 is usual."""
+    normuon_axis: Literal["rows", "long"] = "rows"
+    """NorMuon: neurons are rows, or whichever of rows and columns are more."""
+    idle: Literal["skip", "fade", "move"] = "skip"
+    """Matrices whose whole gradient is zero, such as experts without a token: leave them as they are, let their old momentum
+    move them ever less, or at full speed."""
     max_workspace_bytes: int | None = None
     """Bound on temporary memory of one step; not set: a cache-sized chunk on CPU, a quarter of the matrices elsewhere."""
 
@@ -158,15 +241,47 @@ class MuonOptions(OptimizerOptions):
         super().__post_init__()
         _fraction("momentum", self.momentum)
         resolve(self.coefficients, self.ns_steps)
+        check_method(self.method, self.dtype)
         if self.scale not in SCALES:
             raise unknown("scale", self.scale, SCALES)
-        for name in ("block_size", "max_workspace_bytes"):
+        for name in ("fallback", "idle", "momentum_dtype", "normuon_axis"):
+            choices = _CHOICES[name]
+            if getattr(self, name) not in choices:
+                raise unknown(name, getattr(self, name), choices)
+        for name in ("block_size", "max_workspace_bytes", "min_dim"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.fallback not in ("adamw", "lion"):
-            raise unknown("fallback", self.fallback, ("adamw", "lion"))
+        if (self.block_period or self.block_lr is not None) and self.block_size is None:
+            raise InputError("block_period and block_lr have no effect without block_size")
+        if self.block_period < 0:
+            raise InputError(f"block_period must be at least 0, got {self.block_period}")
+        _not_negative("block_lr", self.block_lr)
+        if self.block_period and (self.normuon_beta is not None or self.idle == "fade"):
+            raise InputError(
+                "block_period changes the matrices from update to update: not with normuon_beta or idle='fade'"
+            )
         _betas(self.betas)
         _not_negative("eps", self.eps)
+        _not_negative("norm_eps", self.norm_eps)
+        if self.normuon_beta is not None:
+            _fraction("normuon_beta", self.normuon_beta)
+
+    @classmethod
+    def of(cls, convention: str, **given: Any) -> Self:
+        """The options that reproduce another implementation's arithmetic and defaults, with those given over them."""
+        from muonlab.optim.conventions import CONVENTIONS  # conventions are written in terms of options
+
+        if convention not in CONVENTIONS:
+            raise unknown("convention", convention, CONVENTIONS)
+        return cls(**{**CONVENTIONS[convention], **given})
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "fallback": ("adamw", "lion"),
+    "idle": ("skip", "fade", "move"),
+    "momentum_dtype": ("auto", "bfloat16", "float32"),
+    "normuon_axis": ("rows", "long"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from muonlab.errors import InputError
-from muonlab.optim.groups import param_groups
+from muonlab.optim.groups import plan
 from muonlab.optim.optimizer import HybridOptimizer
 from muonlab.optim.options import (
     AdamWOptions,
@@ -22,7 +22,7 @@ from muonlab.optim.options import (
     SophiaGOptions,
 )
 from muonlab.optim.rivals import SophiaG
-from muonlab.optim.routing import route, table_of
+from muonlab.optim.routing import table_of
 
 Build = Callable[[nn.Module, Any], torch.optim.Optimizer]
 
@@ -48,16 +48,14 @@ def build_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.
         if type(options) is entry.options:
             optimizer = entry.build(model, options)
             for group in optimizer.param_groups:
-                group.setdefault("initial_lr", group["lr"])
+                group.setdefault("initial_lr", float(group["lr"]))
             return optimizer
     raise InputError(f"no optimizer is registered for options of type {type(options).__name__}")
 
 
 def _hybrid(hidden_rule: str) -> Build:
     def build(model: nn.Module, options: OptimizerOptions) -> torch.optim.Optimizer:
-        fallback: str = getattr(options, "fallback", hidden_rule)
-        groups = param_groups(route(model), options, hidden_rule, fallback)
-        return HybridOptimizer(groups, {"lr": options.lr, "weight_decay": options.weight_decay})
+        return HybridOptimizer(model, options, hidden_rule, getattr(options, "fallback", hidden_rule))
 
     return build
 
@@ -70,7 +68,7 @@ def _by_import_path(model: nn.Module, options: ClassOptions) -> torch.optim.Opti
         raise InputError(f"class_path {options.class_path!r} cannot be imported: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise InputError(f"class_path {options.class_path!r} is not a torch.optim.Optimizer")
-    groups = param_groups(route(model), options, class_name, class_name)
+    groups = plan(model, options, class_name, class_name)
     try:
         optimizer: torch.optim.Optimizer = cls(groups, **options.arguments)
     except (TypeError, ValueError) as error:

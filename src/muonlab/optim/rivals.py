@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from muonlab.optim import rules
-from muonlab.optim.groups import param_groups, routes_of
 from muonlab.optim.optimizer import HybridOptimizer
-from muonlab.optim.options import LionOptions, OptimizerOptions, SophiaGOptions
+from muonlab.optim.options import LionOptions, SophiaGOptions
 
 
 class Lion(HybridOptimizer):
@@ -19,7 +18,7 @@ class Lion(HybridOptimizer):
     """
 
     def __init__(self, params: nn.Module | Iterable[Any], **options: Any) -> None:
-        super().__init__(*_groups(params, LionOptions(**options), "lion"))
+        super().__init__(params, LionOptions(**options), "lion", "lion")
 
 
 class SophiaG(HybridOptimizer):
@@ -29,7 +28,7 @@ class SophiaG(HybridOptimizer):
     """
 
     def __init__(self, params: nn.Module | Iterable[Any], **options: Any) -> None:
-        super().__init__(*_groups(params, SophiaGOptions(**options), "sophia"))
+        super().__init__(params, SophiaGOptions(**options), "sophia", "sophia")
 
     @torch.no_grad()
     def update_curvature(self, closure: Callable[[], Any], tokens: int) -> None:
@@ -55,10 +54,3 @@ class SophiaG(HybridOptimizer):
         finally:
             for param, grad in zip(params, kept):
                 param.grad = grad
-
-
-def _groups(
-    params: nn.Module | Iterable[Any], options: OptimizerOptions, rule: str
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    defaults = {"lr": options.lr, "weight_decay": options.weight_decay}
-    return param_groups(routes_of(params), options, rule, rule), defaults

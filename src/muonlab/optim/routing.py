@@ -1,16 +1,17 @@
 """Which rule updates which parameter: decided from the module that owns it, never from its name or rank alone."""
 
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from muonlab.errors import InputError
+from muonlab.optim.options import Override
 from muonlab.optim.views import View, describe
-
-KINDS = ("hidden", "embedding", "head", "router", "vector")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,12 @@ class Route:
     """How a hidden parameter is seen as matrices."""
     reason: str
     """Why, in a few words; `unknown` where no rule knew the module."""
+    lr: float | None = None
+    """Its own learning rate, if an override gave one."""
+    weight_decay: float | None = None
+    """Its own weight decay, if an override gave one."""
+    block_size: int | None = None
+    """Its own tile size, if an override gave one."""
 
 
 class RoutingTable:
@@ -43,29 +50,63 @@ class RoutingTable:
         return str(self)
 
 
-def route(model: nn.Module) -> list[Route]:
+def route(model: nn.Module, overrides: Sequence[Override] = (), strict: bool = False) -> list[Route]:
     """One `Route` for every parameter of `model` that wants a gradient, in the order of `model.named_parameters()`.
 
-    Precedence: embedding module, or a parameter tied between modules > output embeddings > router > linear layer,
+    Precedence: override > embedding module, or a parameter tied between modules > output embeddings > router > linear layer,
     convolution, transformers' Conv1D, expert stack > fewer than two dimensions. What is none of these is an unknown: it is
-    treated as a vector, and one warning names them all.
+    treated as a vector, and one warning names them all (`strict`: an InputError).
     """
     owners = _owners(model)
-    heads = _output_embeddings(model, owners)
+    heads = _output_embeddings(model)
     routers = _routers(model)
     routes = []
+    used: set[int] = set()
     for name, param in model.named_parameters():
         if param.requires_grad:
             kind, view, reason = _decide(param, owners[id(param)], heads, routers)
-            routes.append(Route(name=name, param=param, kind=kind, view=view, reason=reason))
-    unknowns = [entry.name for entry in routes if entry.reason == "unknown"]
-    if unknowns:
-        warnings.warn(
-            f"no routing rule knows the modules of {', '.join(unknowns[:5])}{' ...' if len(unknowns) > 5 else ''} "
-            f"({len(unknowns)} parameters): they are updated like vectors",
-            stacklevel=2,
-        )
+            entry = Route(name=name, param=param, kind=kind, view=view, reason=reason)
+            for i, override in enumerate(overrides):
+                classes = [type(module).__name__ for module, _ in owners[id(param)]]
+                if fnmatchcase(name, override.name) and any(fnmatchcase(cls, override.module) for cls in classes):
+                    entry = overridden(entry, override)
+                    used.add(i)
+            routes.append(entry)
+    for i, override in enumerate(overrides):
+        if i not in used:
+            raise InputError(
+                f"the override for name {override.name!r}, module {override.module!r} matches no parameter"
+            )
+    _report_unknown([entry.name for entry in routes if entry.reason == "unknown"], strict)
     return routes
+
+
+def overridden(entry: Route, override: Override) -> Route:
+    """`entry` with what `override` sets."""
+    view = entry.view
+    if override.split is not None:
+        view = (*view, ("split", override.axis, tuple(override.split)))
+    if override.head_dim is not None:
+        view = (*view, ("heads", override.axis, override.head_dim))
+    kind = override.kind or entry.kind
+    if kind == "hidden" and entry.param.ndim < 2:
+        raise InputError(
+            f"override {override.name!r}: {entry.name!r} has shape {tuple(entry.param.shape)}, not a matrix"
+        )
+    own = {name: getattr(override, name) for name in ("lr", "weight_decay", "block_size")}
+    own = {name: value for name, value in own.items() if value is not None}
+    reason = "override" if override.kind is not None else entry.reason
+    return replace(entry, kind=kind, view=view, reason=reason, **own)
+
+
+def _report_unknown(names: list[str], strict: bool) -> None:
+    if not names:
+        return
+    listed = f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+    message = f"no routing rule knows the module of {listed} ({len(names)} parameters)"
+    if strict:
+        raise InputError(f"{message}; give an override with a kind")
+    warnings.warn(f"{message}: updated like vectors; an override with a kind says otherwise", stacklevel=4)
 
 
 Owner = tuple[nn.Module, str]
@@ -84,7 +125,9 @@ def _decide(param: Tensor, owners: list[Owner], heads: set[int], routers: set[in
     if param.ndim < 2:
         return "vector", (), "fewer than two dimensions"
     if isinstance(module, nn.Linear) and local == "weight":
-        return "hidden", (), "linear"
+        # A fused projection of our own models says how many outputs belong to each of its parts.
+        parts = getattr(module, "row_split", None)
+        return "hidden", (("split", 0, tuple(parts)),) if parts else (), "linear"
     if isinstance(module, nn.modules.conv._ConvNd) and local == "weight":
         operation = "conv_transpose" if module.transposed else "conv"
         return "hidden", ((operation, module.groups),), "convolution"
@@ -104,7 +147,7 @@ def _owners(model: nn.Module) -> dict[int, list[Owner]]:
     return owners
 
 
-def _output_embeddings(model: nn.Module, owners: dict[int, list[Owner]]) -> set[int]:
+def _output_embeddings(model: nn.Module) -> set[int]:
     """ids of the parameters of output heads: what the model names as such, else the last linear layer onto the vocabulary."""
     named = getattr(model, "get_output_embeddings", None)
     head = named() if callable(named) else None

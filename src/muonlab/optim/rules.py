@@ -31,29 +31,77 @@ def muon(
     heavy_ball: bool = False,
     method: Method = "auto",
     dtype: torch.dtype | DTypeName = "auto",
-    eps: float = 0.0,
+    norm_eps: float = 0.0,
+    equilibrate_rows: bool = False,
+    renormalize: bool = False,
+    normuon_beta: Number | None = None,
+    normuon_axis: str = "rows",
 ) -> Tensor:
-    """Orthogonalised momentum of matrices `grad` [..., m, n]; state: `momentum_buffer` like `grad`.
+    """Orthogonalised momentum of matrices `grad` [..., m, n]; state: `momentum_buffer` like `grad`, for NorMuon `second_moment`.
 
     The update has spectral norm about 1 and is not yet scaled (`scaling.scale_factor`).
-    Source: Keller Jordan, https://kellerjordan.github.io/posts/muon/.
+    Source: Keller Jordan, https://kellerjordan.github.io/posts/muon/; the variants name theirs where they are defined.
     """
-    direction = advance_momentum(grad, state["momentum_buffer"], momentum, nesterov=nesterov, heavy_ball=heavy_ball)
-    # With Nesterov momentum the direction is a tensor of its own, otherwise it is the buffer.
-    return polar(direction, iteration, method, dtype, eps, overwrite=nesterov)
+    buffer = state["momentum_buffer"]
+    direction = advance_momentum(grad, buffer, momentum, nesterov=nesterov, heavy_ball=heavy_ball)
+    if equilibrate_rows:
+        direction = equilibrated_rows(direction)
+    update = polar(direction, iteration, method, dtype, norm_eps, overwrite=direction is not buffer)
+    if renormalize:
+        update = renormalized(update)
+    if normuon_beta is not None:
+        update = normalized_neurons(update, state["second_moment"], normuon_beta, normuon_axis)
+    return update
 
 
 def advance_momentum(grad: Tensor, buffer: Tensor, momentum: Number, *, nesterov: bool, heavy_ball: bool) -> Tensor:
     """Advances `buffer` in place and returns the direction to follow (`buffer` itself without Nesterov).
 
-    An exponential moving average, `B = mu B + (1 - mu) G`, or heavy-ball momentum, `B = mu B + G`.
+    An exponential moving average, `B = mu B + (1 - mu) G`, or heavy-ball momentum, `B = mu B + G`. A half-precision buffer is
+    advanced in fp32 and rounded once.
     """
-    grad = grad.to(buffer.dtype)
+    work = _widened(buffer)
+    grad = grad.to(work.dtype)
     if heavy_ball:
-        buffer.mul_(momentum).add_(grad)
-        return grad + buffer * momentum if nesterov else buffer
-    buffer.lerp_(grad, _weight(1 - momentum, buffer))
-    return torch.lerp(grad, buffer, _weight(momentum, buffer)) if nesterov else buffer
+        work.mul_(momentum).add_(grad)
+        direction = grad + work * momentum if nesterov else work
+    else:
+        work.lerp_(grad, _weight(1 - momentum, work))
+        direction = torch.lerp(grad, work, _weight(momentum, work)) if nesterov else work
+    if work is not buffer:
+        buffer.copy_(work)
+    return direction
+
+
+def equilibrated_rows(x: Tensor) -> Tensor:
+    """Every row [..., m, n] at the mean row norm: a better conditioned start. Source: https://arxiv.org/abs/2603.28254."""
+    rows = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # [..., m, 1]
+    mean = torch.linalg.vector_norm(rows, dim=-2, keepdim=True) / math.sqrt(x.shape[-2])
+    result: Tensor = x * (mean / rows.clamp(min=torch.finfo(x.dtype).tiny))
+    return result
+
+
+def renormalized(update: Tensor) -> Tensor:
+    """The Frobenius norm of an exactly semi-orthogonal matrix, sqrt(min(m, n)). Source: https://arxiv.org/abs/2602.21545."""
+    update = _widened(update)
+    norm: Tensor = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True)
+    target = math.sqrt(min(update.shape[-2:]))
+    return update * torch.where(norm > 0, target / norm, 0.0)
+
+
+def normalized_neurons(update: Tensor, second_moment: Tensor, beta: Number, axis: str = "rows") -> Tensor:
+    """NorMuon: rows divided by the root of the running mean of their squares, at an unchanged Frobenius norm.
+
+    `second_moment` [..., m, 1] is advanced in place; with axis "long" the neurons are whichever of rows and columns are more
+    ([..., 1, n] for a wide matrix, as nanochat does). Source: https://arxiv.org/abs/2510.05491.
+    """
+    update = _widened(update)
+    across = -1 if axis == "rows" or update.shape[-2] >= update.shape[-1] else -2
+    second_moment.lerp_(update.square().mean(across, keepdim=True), _weight(1 - beta, second_moment))
+    scaled = update * second_moment.clamp(min=1e-10).rsqrt()
+    before: Tensor = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True)
+    after: Tensor = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
+    return scaled * torch.where(after > 0, before / after, 0.0)
 
 
 def adamw(grad: Tensor, state: State, *, step: Tensor, betas: tuple[Number, Number], eps: Number) -> Tensor:
@@ -153,6 +201,10 @@ ELEMENTWISE: dict[str, Rule] = {
     "sophia": Rule(update=sophia, state=("exp_avg", "hessian"), options=("betas", "rho", "eps")),
     "sgd": Rule(update=sgd, state=("momentum_buffer",), options=("momentum", "nesterov")),
 }
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _weight(value: Number, like: Tensor) -> Number:

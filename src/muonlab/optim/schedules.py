@@ -89,10 +89,14 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
     The first call remembers each group's learning rate as `initial_lr`, as torch's schedulers do. `block_lr`, the second
     rate of a periodic block-wise Muon, follows in the same way.
     """
-    for group in optimizer.param_groups:
-        for name in ("lr", "block_lr"):
-            if group.get(name) is not None:
-                _scale_option(group, name, factor)
+    options = [
+        (group, name) for group in optimizer.param_groups for name in ("lr", "block_lr") if group.get(name) is not None
+    ]
+    for group, name in options:  # all are remembered before any is written: groups may share one tensor
+        value = group[name]
+        group.setdefault(f"initial_{name}", value.clone() if isinstance(value, Tensor) else value)
+    for group, name in options:
+        _write(group, name, group[f"initial_{name}"] * factor)
 
 
 def set_momentum(optimizer: torch.optim.Optimizer, schedule: Schedule, update: int) -> None:
@@ -111,12 +115,6 @@ def applied_lr(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     for group in optimizer.param_groups:
         rates.setdefault(group.get("kind", "all"), float(group["lr"]))
     return rates
-
-
-def _scale_option(group: dict[str, Any], name: str, factor: float) -> None:
-    value = group[name]
-    initial = group.setdefault(f"initial_{name}", value.clone() if isinstance(value, Tensor) else value)
-    _write(group, name, initial * factor)
 
 
 def _write(group: dict[str, Any], name: str, value: float | Tensor) -> None:

@@ -1,6 +1,6 @@
 """One update of one stack of equal shape: gather, rule, decay, apply, scatter."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,27 +13,36 @@ from muonlab.optim.scaling import scale_factor
 
 # Large parameters are worked through in pieces of this many elements: a few of them stay in a cache.
 _PIECE = 1 << 18
+_RULE_OPTIONS = (
+    "momentum",
+    "nesterov",
+    "heavy_ball",
+    "method",
+    "dtype",
+    "norm_eps",
+    "equilibrate_rows",
+    "renormalize",
+    "normuon_beta",
+    "normuon_axis",
+)
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Matrices [k, m, n] of one parameter with their gradients and momentum, all sharing memory with their owners."""
+    """Matrices [k, m, n] of one parameter with their gradients and state, all sharing memory with their owners."""
 
     param: Tensor
     grad: Tensor
-    momentum: Tensor
+    state: dict[str, Tensor]
+    """momentum_buffer [k, m, n]; for NorMuon second_moment [k, m, 1] or [k, 1, n]; for idle matrices idle [k, 1, 1]."""
+
+    def narrow(self, start: int, length: int) -> "Stack":
+        """Matrices `start` to `start + length`."""
+        state = {name: value.narrow(0, start, length) for name, value in self.state.items()}
+        return Stack(self.param.narrow(0, start, length), self.grad.narrow(0, start, length), state)
 
 
-def flat(parts: tuple[Tensor, Tensor, Tensor]) -> list[Stack]:
-    """Stacks [..., m, n] as stacks [k, m, n], without a copy."""
-    if parts[0].ndim == 2:
-        return [Stack(*(part.unsqueeze(0) for part in parts))]
-    if parts[0].ndim == 3:
-        return [Stack(*parts)]
-    return [stack for inner in zip(*(part.unbind(0) for part in parts)) for stack in flat(inner)]
-
-
-def chunks(stacks: list[Stack], limit: int) -> Iterable[list[Stack]]:
+def chunks(stacks: list[Stack], limit: int) -> Iterator[list[Stack]]:
     """Lists of stacks with at most `limit` matrices together."""
     chunk: list[Stack] = []
     used = 0
@@ -41,7 +50,7 @@ def chunks(stacks: list[Stack], limit: int) -> Iterable[list[Stack]]:
         start = 0
         while start < len(stack.param):
             take = min(limit - used, len(stack.param) - start)
-            chunk.append(Stack(*(part.narrow(0, start, take) for part in vars(stack).values())))
+            chunk.append(stack.narrow(start, take))
             start, used = start + take, used + take
             if used == limit:
                 yield chunk
@@ -50,36 +59,62 @@ def chunks(stacks: list[Stack], limit: int) -> Iterable[list[Stack]]:
         yield chunk
 
 
-def matrices_at_once(group: Mapping[str, Any], bucket: list[Stack]) -> int:
+def matrices_at_once(bucket: list[Stack], max_workspace_bytes: int | None) -> int:
     """How many matrices of this shape are worked on at once."""
-    _, m, n = bucket[0].param.shape
-    budget = group["max_workspace_bytes"]
+    param = bucket[0].param
+    budget = max_workspace_bytes
     if budget is None:
-        total = sum(stack.param.numel() for stack in bucket)
-        budget = 1 << 22 if bucket[0].param.device.type == "cpu" else max(1 << 26, total)
-    # fp32 direction and its normalised copy, half-precision iterate twice, two Gram matrices: about 16 bytes an entry.
-    return max(1, int(budget // (16 * m * n)))
+        # A chunk that stays in a CPU's cache; elsewhere a quarter of the fp32 bytes of the matrices, but enough to fill a device.
+        entries = sum(stack.param.numel() for stack in bucket)
+        budget = 1 << 22 if param.device.type == "cpu" else max(1 << 26, entries)
+    # fp32 direction, two half-precision iterates, two Gram matrices and the stacked copies: about 16 bytes an entry.
+    return max(1, budget // (16 * param.shape[-2] * param.shape[-1]))
 
 
-def update_matrices(chunk: list[Stack], group: Mapping[str, Any]) -> None:
-    """Momentum, orthogonalisation, scale, decay and application for one stack of equal shape: the seam for faster kernels."""
-    momentum = _gather([stack.momentum for stack in chunk])
-    update = rules.muon(
-        _gather([stack.grad for stack in chunk]),
-        {"momentum_buffer": momentum},
-        momentum=group["momentum"],
-        nesterov=group["nesterov"],
-        iteration=resolve(group["coefficients"], group["ns_steps"]),
-        method=group["method"],
-        dtype=group["dtype"],
-    )
+def update_matrices(
+    chunk: list[Stack], group: Mapping[str, Any], lr: float | Tensor, keep: Tensor | None = None
+) -> None:
+    """Momentum, orthogonalisation, scale, decay and application for one stack of equal shape: the seam for faster kernels.
+
+    `lr` is the group's, or its `block_lr`. `keep`, a boolean on the device: False leaves parameters and state as they were.
+    """
     params = _gather([stack.param for stack in chunk])
-    lr = group["lr"]
+    grads = _gather([stack.grad for stack in chunk])
+    state = {name: _gather([stack.state[name] for stack in chunk]) for name in chunk[0].state}
+    before = [value.clone() for value in (params, *state.values())] if keep is not None else []
+
+    hyper = {name: group[name] for name in _RULE_OPTIONS}
     factor = scale_factor(group["scale"], *params.shape[-2:])
-    rules.apply_update_(params, update, step_size=lr * factor, shrink=lr * group["weight_decay"])
+    step_size, shrink = lr * factor, lr * group["weight_decay"] * (factor if group["scaled_decay"] else 1.0)
+    active = _active(grads) if group["idle"] != "move" else None
+    if active is not None and group["idle"] == "skip":
+        # Weight 0 in every average, step 0, decay 0: exactly nothing happens to an idle matrix, without a host sync.
+        hyper["momentum"] = 1 - active * (1 - hyper["momentum"])
+        if hyper["normuon_beta"] is not None:
+            hyper["normuon_beta"] = 1 - active * (1 - hyper["normuon_beta"])
+        step_size, shrink = step_size * active, shrink * active
+    elif group["idle"] == "fade":
+        idle = state["idle"].add_(1)
+        idle.mul_(0.0 if active is None else 1 - active)
+        step_size = step_size * hyper["momentum"] ** idle if active is not None else step_size
+
+    update = rules.muon(grads, state, iteration=resolve(group["coefficients"], group["ns_steps"]), **hyper)
+    rules.apply_update_(params, update, step_size=step_size, shrink=shrink, cautious=group["cautious_decay"])
+
+    for value, old in zip((params, *state.values()), before):
+        value.copy_(torch.where(keep, value, old))  # type: ignore[arg-type]  # `before` is empty without `keep`
     if len(chunk) > 1:
-        _scatter(momentum, [stack.momentum for stack in chunk])
         _scatter(params, [stack.param for stack in chunk])
+        for name, value in state.items():
+            _scatter(value, [stack.state[name] for stack in chunk])
+
+
+def _active(grads: Tensor) -> Tensor | None:
+    """1 for matrices with any gradient, 0 for idle ones, [k, 1, 1]; None if a CPU can tell that none is idle."""
+    active = grads.flatten(1).any(1)
+    if grads.device.type == "cpu" and not torch.compiler.is_compiling() and bool(active.all()):
+        return None
+    return active.to(torch.float64 if grads.dtype == torch.float64 else torch.float32)[:, None, None]
 
 
 def _gather(tensors: list[Tensor]) -> Tensor:
@@ -91,7 +126,11 @@ def _scatter(stack: Tensor, targets: list[Tensor]) -> None:
 
 
 def update_entries(
-    params: list[Tensor], states: list[dict[str, Any]], rule: rules.Rule, group: Mapping[str, Any]
+    params: list[Tensor],
+    states: list[dict[str, Any]],
+    rule: rules.Rule,
+    group: Mapping[str, Any],
+    keep: Tensor | None = None,
 ) -> None:
     """One elementwise rule for parameters of one shape, stacked, or for one large parameter piece by piece."""
     hyper = rule.hyper(group)
@@ -104,8 +143,12 @@ def update_entries(
     pieces = [[torch.stack(column) for column in columns]] if stacked else _pieces([column[0] for column in columns])
     lr = group["lr"]
     for param, grad, *state in pieces:
+        before = [value.clone() for value in (param, *state)] if keep is not None else []
         update = rule.update(grad, dict(zip(rule.state, state)), **hyper)
-        rules.apply_update_(param, update, step_size=lr, shrink=lr * group["weight_decay"])
+        shrink = lr * group["weight_decay"]
+        rules.apply_update_(param, update, step_size=lr, shrink=shrink, cautious=group["cautious_decay"])
+        for value, old in zip((param, *state), before):
+            value.copy_(torch.where(keep, value, old))  # type: ignore[arg-type]  # `before` is empty without `keep`
         if stacked:
             for stack, column in zip((param, *state), (params, *columns[2:])):
                 torch._foreach_copy_(column, list(stack.unbind(0)))

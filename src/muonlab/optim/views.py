@@ -6,14 +6,13 @@ A view is a tuple of plain operations, so that it can be printed, compared and s
     ("conv", groups)            [out, in/groups, *kernel] -> [groups, out/groups, in/groups * kernel]
     ("conv_transpose", groups)  [in, out/groups, *kernel] -> [groups, out/groups * kernel, in/groups]
     ("split", axis, sizes)      fused projections along the rows (axis 0) or columns (axis 1), sizes may be uneven
-    ("heads", axis, count)      as many equal groups of rows (axis 0) or columns (axis 1): one matrix a head
+    ("heads", axis, size)       groups of `size` rows (axis 0) or columns (axis 1): one matrix a head
     ("tiles", size)             size x size tiles; those at the right and lower edge are smaller
 
 Operations compose from left to right. Every resulting stack shares the memory of the parameter: writing to it writes the
 parameter. A ragged edge is a stack of its own, exactly as large as it is, so no method ever sees padding.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -76,11 +75,11 @@ def _split(stack: Tensor, axis: int, sizes: tuple[int, ...]) -> list[Tensor]:
     return list(torch.split(stack, list(sizes), dim=axis - 2))
 
 
-def _heads(stack: Tensor, axis: int, count: int) -> list[Tensor]:
-    size = stack.shape[axis - 2]
-    if count < 1 or size % count:
-        raise InputError(f"{size} {'rows' if axis == 0 else 'columns'} cannot be divided into {count} heads")
-    heads = torch.unflatten(stack, axis - 2, (count, size // count))
+def _heads(stack: Tensor, axis: int, size: int) -> list[Tensor]:
+    length = stack.shape[axis - 2]
+    if size < 1 or length % size:
+        raise InputError(f"{length} {'rows' if axis == 0 else 'columns'} cannot be divided into heads of {size}")
+    heads = torch.unflatten(stack, axis - 2, (length // size, size))
     return [heads if axis == 0 else heads.movedim(-2, -3)]
 
 
@@ -113,8 +112,3 @@ _OPERATIONS: dict[str, Callable[..., list[Tensor]]] = {
     "heads": _heads,
     "tiles": _tiles,
 }
-
-
-def count(stack: Tensor) -> int:
-    """Number of matrices in a stack [..., m, n]."""
-    return math.prod(stack.shape[:-2])
