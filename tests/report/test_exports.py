@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from muonlab.report import exports, write_exports
+from muonlab.report import exports, write_comparison, write_exports
 from muonlab.report.reading import read_comparison
 
 
@@ -60,17 +60,15 @@ def test_the_latex_tables_are_well_formed(material):
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX is installed")
-def test_latex_accepts_the_tables(material, tmp_path):
-    text = exports.comparison_tex(material)
-    (tmp_path / "paper.tex").write_text(
-        f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}{text}\\end{{document}}"
-    )
-    subprocess.run(
-        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"],
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-    )
+def test_latex_accepts_the_paper_even_with_hostile_names(fake, tmp_path):
+    evil = "<b>50 % of $x_1$ & \\alpha{^~#} “é”"
+    fake.fake_comparison(tmp_path, ("a_b", "adamw"), question=evil, name=evil, notices=[evil])
+    write_comparison(tmp_path)
+    write_exports(tmp_path)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace")
+    assert done.returncode == 0, done.stdout[-1500:]
+    assert (tmp_path / "paper.pdf").stat().st_size > 10_000
 
 
 def test_the_card_holds_verdict_protocol_threats_and_command(material):
@@ -94,5 +92,11 @@ def test_an_interval_of_one_seed_is_unbounded_in_print(fake, tmp_path):
 def test_exports_lie_beside_the_summary(fake, tmp_path):
     fake.fake_comparison(tmp_path)
     written = write_exports(tmp_path)
-    assert [path.name for path in written] == ["runs.csv", "curves.csv", "tables.tex", "EXPERIMENT_CARD.txt"]
+    assert [path.name for path in written] == [
+        "runs.csv",
+        "curves.csv",
+        "tables.tex",
+        "paper.tex",
+        "EXPERIMENT_CARD.txt",
+    ]
     assert all(path.stat().st_size > 100 for path in written)

@@ -55,3 +55,11 @@ def test_nothing_is_recommended_when_nothing_finished(comparison):
     for entry in summary["finals"]:
         entry["report_cross_entropy"] = None
     assert recommendations(summary) == []
+
+
+def test_a_recommendation_says_when_the_verdict_is_open(comparison):
+    summary = read_comparison(comparison).summary
+    summary["verdicts"][0]["verdict"] = "not distinguishable"
+    assert "not distinguishable from adamw" in recommendations(summary)[0].reason
+    summary["gate"] = {"unigram_entropy": 1.0, "passed": False}
+    assert recommendations(summary) == []

@@ -35,8 +35,8 @@ def write_comparison(directory: str | Path) -> list[Path]:
 def write_exports(directory: str | Path) -> list[Path]:
     """Write the comparison in `directory` for other programs and for print, beside its summary.
 
-    `runs.csv` (a row per run with its configuration), `curves.csv` (a row per evaluation), `tables.tex` (booktabs) and
-    `EXPERIMENT_CARD.txt`. InputError without a readable summary.
+    `runs.csv` (a row per run with its configuration), `curves.csv` (a row per evaluation), `tables.tex` (booktabs),
+    `paper.tex` (an article around tables and figure) and `EXPERIMENT_CARD.txt`. InputError without a readable summary.
     """
     from muonlab.report import exports
     from muonlab.report.reading import read_comparison
@@ -46,6 +46,7 @@ def write_exports(directory: str | Path) -> list[Path]:
         "runs.csv": exports.runs_csv(material),
         "curves.csv": exports.curves_csv(material),
         "tables.tex": exports.comparison_tex(material),
+        "paper.tex": exports.paper_tex(material),
         "EXPERIMENT_CARD.txt": exports.experiment_card(material),
     }
     for name, text in texts.items():

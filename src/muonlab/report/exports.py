@@ -13,9 +13,20 @@ from muonlab.report.reading import Material
 from muonlab.report.stability import recommendations
 from muonlab.report.threats import threats
 
-TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
-    c: f"\\{c}" for c in "&%$#_{}"
-}
+TEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "−": r"\ensuremath{-}",
+    "×": r"\ensuremath{\times}",
+    "±": r"\ensuremath{\pm}",
+    "≥": r"\ensuremath{\geq}",
+    "–": "--",
+    "’": "'",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+} | {c: f"\\{c}" for c in "&%$#_{}"}
 
 
 def runs_csv(material: Material) -> str:
@@ -105,6 +116,28 @@ def comparison_tex(material: Material) -> str:
     )
 
 
+def paper_tex(material: Material) -> str:
+    """paper.tex: a short article around the tables and the figure that lie beside it."""
+    summary = material.summary
+    answer = " ".join(" ".join([a["headline"], *a["facts"]]) for a in html.answers(summary))
+    sections = {
+        "Result": f"{tex(answer)}\n\n\\input{{tables}}\n\n"
+        "\\begin{figure}\n\\centering\n\\includegraphics[width=\\linewidth]{comparison_plot}\n"
+        f"\\caption{{(a) Final runs: mean and range over seeds. (b) Tuning trials; bars: within {series.DELTA} nats of the best. "
+        "(c) Paired differences by seed with their interval.}\n\\end{figure}",
+        "Protocol": _description(html.protocol(material)),
+        "Setting": _description(html.setting(material)),
+        "Threats to validity": _description([(threat.title, threat.text) for threat in threats(material)]),
+        "Reproduction": f"\\begin{{quote}}\\ttfamily {tex(summary.get('command') or 'not recorded')}\\end{{quote}}",
+    }
+    body = "\n\n".join(f"\\section{{{title}}}\n{text}" for title, text in sections.items())
+    return (
+        "\\documentclass{article}\n\\usepackage[T1]{fontenc}\n\\usepackage[utf8]{inputenc}\n\\usepackage{booktabs,graphicx}\n"
+        "\\usepackage[margin=2.5cm]{geometry}\n\\sloppy\n"
+        f"\\title{{{tex(summary['question'])}}}\n\\date{{}}\n\\begin{{document}}\n\\maketitle\n\n{body}\n\n\\end{{document}}\n"
+    )
+
+
 def experiment_card(material: Material) -> str:
     """EXPERIMENT_CARD.txt: the whole comparison on one page of plain text."""
     summary = material.summary
@@ -137,6 +170,11 @@ def experiment_card(material: Material) -> str:
 def tex(value: Any) -> str:
     """Text that LaTeX prints as it is."""
     return "".join(TEX.get(character, character) for character in str(value))
+
+
+def _description(items: Sequence[tuple[str, str]]) -> str:
+    lines = "\n".join(f"\\item[{{{tex(term)}}}] {tex(text)}" for term, text in items)
+    return f"\\begin{{description}}\n{lines}\n\\end{{description}}" if items else ""
 
 
 def _tex_signed(value: Any, unknown: str = "?") -> str:

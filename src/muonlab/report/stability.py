@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from muonlab.report import series, style
+from muonlab.report.threats import not_learned
 
 
 def spikes(losses: Sequence[float], window: int = 20, height: float = 6.0) -> int:
@@ -56,12 +57,13 @@ class Recommendation:
 def recommendations(summary: Mapping[str, Any]) -> list[Recommendation]:
     """Primary (best loss of the final runs), fast (least training time within DELTA of it), avoid (what failed or lost
     half a nat in tuning), from what was run and nothing else."""
+    stuck = not_learned(summary)
     finals: dict[str, tuple[float, float]] = {}
     for name in summary["optimizers"]:
         mine = [entry for entry in summary.get("finals", ()) if entry["optimizer"] == name]
         losses = [series.number(entry.get("report_cross_entropy")) for entry in mine]
         seconds = [series.number(entry.get("seconds")) for entry in mine]
-        if mine and all(map(math.isfinite, losses)):
+        if mine and name not in stuck and all(map(math.isfinite, losses)):
             finals[name] = (statistics.fmean(losses), statistics.fmean(seconds))
     if not finals:
         return []
@@ -69,13 +71,11 @@ def recommendations(summary: Mapping[str, Any]) -> list[Recommendation]:
     best = min(finals, key=lambda name: finals[name][0])
     good = [name for name in finals if finals[name][0] <= finals[best][0] + series.DELTA]
     fast = min(good, key=lambda name: finals[name][1] if math.isfinite(finals[name][1]) else math.inf)
-    result = [
-        Recommendation(
-            kind="primary",
-            text=f"{best} with {style.values_text(values[best])}",
-            reason=f"lowest mean loss of the final runs, {style.loss(finals[best][0])}",
-        )
-    ]
+    reason = f"lowest mean loss of the final runs, {style.loss(finals[best][0])}"
+    open_ = [_other(v, best) for v in summary.get("verdicts", ()) if v.get("verdict") == "not distinguishable"]
+    if any(open_):
+        reason += f", though not distinguishable from {', '.join(filter(None, open_))}"
+    result = [Recommendation(kind="primary", text=f"{best} with {style.values_text(values[best])}", reason=reason)]
     if fast != best:
         result.append(
             Recommendation(
@@ -98,3 +98,9 @@ def recommendations(summary: Mapping[str, Any]) -> list[Recommendation]:
                 )
             )
     return result
+
+
+def _other(verdict: Mapping[str, Any], name: str) -> str | None:
+    """The other one of a pair that `name` is part of."""
+    pair = (verdict["candidate"], verdict["reference"])
+    return pair[1 - pair.index(name)] if name in pair else None
