@@ -216,19 +216,16 @@ def cmd_train(options: Any) -> int:
 
     from muonlab.report import write_run
     from muonlab.report.live import RunProgress, clock
-    from muonlab.training.config import from_dict, merge, read_toml
+    from muonlab.training.config import as_tables, from_dict, merge, read_toml
     from muonlab.training.estimate import seconds_per_update
     from muonlab.training.loop import interruptible, run
 
     file = options.names[0] if options.names else None
     values = read_toml(file) if file else {}
     named = {"model": options.model, "optimizer": options.optimizer}
-    values = merge(values, {key: value for key, value in named.items() if value is not None})
+    values = merge(as_tables(values), as_tables({key: value for key, value in named.items() if value is not None}))
     config = from_dict(values, file or "configuration")
-    overrides = read_overrides(config, options)
-    config = from_dict(
-        merge(values, overrides) if not isinstance(values.get("optimizer"), str) else merge(config.to_dict(), overrides)
-    )
+    config = from_dict(merge(values, read_overrides(config, options)))
     if options.dry_run:
         seconds = seconds_per_update(config)
         print(
@@ -276,11 +273,11 @@ def cmd_compare(options: Any) -> int:
 
     names = options.names or ["muon", "adamw"]
     profile = "quick" if options.quick else "standard"
-    values: dict[str, Any] = {"model": options.model or "micro"}
+    values: dict[str, Any] = {"model": {"preset": options.model or "micro"}}
     overrides = read_overrides(from_dict(values), options)
     if "optimizer" in overrides:
         raise InputError("a comparison tunes the optimizers itself; --optimizer flags belong to muonlab train")
-    base = merge(from_dict(values).to_dict(), overrides) if "model" in overrides else merge(values, overrides)
+    base = merge(values, overrides)
     budget = {"trials": options.trials, "seeds": options.seeds, "updates": options.updates}
     on_gpu = uses_gpu(base)
     workers = options.workers if options.workers is not None else (0 if on_gpu else cores())

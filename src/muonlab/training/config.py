@@ -121,21 +121,18 @@ def from_dict(values: Mapping[str, Any], where: str = "configuration") -> RunCon
     `model` may be a preset's name or a table with a `preset` and overrides; `optimizer` a name or a table with a `name`;
     `data` a corpus's name or a table. Raises InputError with one line that names the key.
     """
-    values = dict(values)
-    model = values.pop("model", "micro")
-    model = {"preset": model} if isinstance(model, str) else dict(model)
+    values = as_tables(values)
+    model = dict(values.pop("model", {"preset": "micro"}))
     preset = model.pop("preset", None)
     if preset is not None:
         if preset not in MODELS:
             raise unknown("model", preset, MODELS)
         model = {**to_plain(MODELS[preset]), **model}
-    optimizer = values.pop("optimizer", "muon")
-    optimizer = {"name": optimizer} if isinstance(optimizer, str) else dict(optimizer)
+    optimizer = dict(values.pop("optimizer", {}))
     optimizer_key = optimizer.pop("name", "muon")
     if optimizer_key not in OPTIMIZERS:
         raise unknown("optimizer", optimizer_key, OPTIMIZERS)
     data = values.pop("data", {})
-    data = {"corpus": data} if isinstance(data, str) else dict(data)
     values.setdefault("name", f"{preset or 'model'}-{optimizer_key}")
     tables = {"schedule": {}, "loss": {}, "training": {}, **values}
     kind: Any = RunConfig[OPTIMIZERS[optimizer_key].options]  # type: ignore[misc]
@@ -144,6 +141,12 @@ def from_dict(values: Mapping[str, Any], where: str = "configuration") -> RunCon
     except ValidationError as error:
         raise one_line(error, kind, where) from None
     return config
+
+
+def as_tables(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with each name in the place of a table as the table that it stands for, so that others merge into it."""
+    keys = {"model": "preset", "optimizer": "name", "data": "corpus"}
+    return {k: {keys[k]: v} if k in keys and isinstance(v, str) else v for k, v in values.items()}
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
