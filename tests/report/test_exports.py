@@ -39,6 +39,7 @@ def test_every_evaluation_is_a_row(material):
     ("text", "expected"),
     [
         ("a_b", r"a\_b"),
+        ("--seeds 3", r"-{}-seeds 3"),
         ("50 % & $x$", r"50 \% \& \$x\$"),
         ("\\{}", r"\textbackslash{}\{\}"),
         ("a^~#", r"a\textasciicircum{}\textasciitilde{}\#"),

@@ -21,7 +21,7 @@ TEX = {
     "×": r"\ensuremath{\times}",
     "±": r"\ensuremath{\pm}",
     "≥": r"\ensuremath{\geq}",
-    "–": "--",
+    "–": r"\textendash{}",
     "’": "'",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
@@ -169,7 +169,8 @@ def experiment_card(material: Material) -> str:
 
 def tex(value: Any) -> str:
     """Text that LaTeX prints as it is."""
-    return "".join(TEX.get(character, character) for character in str(value))
+    text = "".join(TEX.get(character, character) for character in str(value))
+    return text.replace("--", "-{}-")  # two hyphens of a flag would become a dash
 
 
 def _description(items: Sequence[tuple[str, str]]) -> str:

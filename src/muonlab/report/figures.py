@@ -214,8 +214,13 @@ def _sensitivity(axes: Axes, summary: Mapping[str, Any]) -> None:
         axes.plot([width.low, width.high], [height, height], color=color[name], linewidth=5, solid_capstyle="butt")
         least = "≥ " if width.open_low or width.open_high else ""
         text = f"{name}: {least}{width.octaves:.1f} octaves"
-        axes.annotate(plain(text), (math.sqrt(width.low * width.high), height), (0, 4), textcoords="offset points",
-                      ha="center", va="bottom", fontsize=8, color=color[name])  # fmt: skip
+        middle = math.sqrt(width.low * width.high)
+        share = axes.transAxes.inverted().transform(axes.transData.transform((middle, height)))[0]
+        anchor, where = (
+            (middle, "center") if 0.2 < share < 0.8 else (width.low, "left") if share < 0.5 else (width.high, "right")
+        )
+        axes.annotate(plain(text), (anchor, height), (0, 4), textcoords="offset points", ha=where, va="bottom",
+                      fontsize=8, color=color[name])  # fmt: skip
     failed = any(not math.isfinite(loss) for loss in losses)
     axes.set_ylim(bottom - (0.14 + 0.1 * max(1, len(bars))) * span, top + (0.22 if failed else 0.1) * span)
     ticks = sorted({trial.lr for group in trials.values() for trial in group if trial.stage in ("lr", "edge")})

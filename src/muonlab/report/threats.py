@@ -206,7 +206,7 @@ def _families(material: Material) -> Iterator[Threat]:
             severity="note",
             title=f"{pairs} verdicts at once",
             text=f"With {pairs} pairs judged at 95 % each, one in {round(1 / (1 - 0.95**pairs))} such comparisons of equal optimizers "
-            "calls at least one of them better or worse. The Holm column of the verdicts corrects for that.",
+            "calls at least one of them better or worse. The second p-value beside each verdict (Holm) is corrected for that.",
         )
 
 
