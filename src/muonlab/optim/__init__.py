@@ -2,6 +2,7 @@
 
 from muonlab.optim.coefficients import COEFFICIENTS, CoefficientSet
 from muonlab.optim.conventions import CONVENTIONS, convert_lr
+from muonlab.optim.interop import import_state
 from muonlab.optim.muon import Muon
 from muonlab.optim.optimizer import HybridOptimizer
 from muonlab.optim.options import (
@@ -15,6 +16,7 @@ from muonlab.optim.options import (
     SophiaGOptions,
 )
 from muonlab.optim.polar import orthogonalize
+from muonlab.optim.qk_clip import max_logits, qk_clip_
 from muonlab.optim.registry import OPTIMIZERS, OptimizerEntry, build_optimizer
 from muonlab.optim.rivals import Lion, SophiaG
 from muonlab.optim.routing import RoutingTable
@@ -44,7 +46,10 @@ __all__ = [
     "applied_lr",
     "build_optimizer",
     "convert_lr",
+    "import_state",
+    "max_logits",
     "orthogonalize",
+    "qk_clip_",
     "set_lr",
     "set_momentum",
 ]

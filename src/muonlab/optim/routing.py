@@ -133,7 +133,9 @@ def _decide(param: Tensor, owners: list[Owner], heads: set[int], routers: set[in
         return "hidden", ((operation, module.groups),), "convolution"
     if _is_transposed_linear(module) and local == "weight":
         return "hidden", (("transpose",),), "linear, transposed"
-    if param.ndim == 3 and _expert_count(module) == param.shape[0]:
+    if _expert_stack(module) is not None and param.shape[0] == _expert_count(module):
+        if param.ndim == 2:
+            return "vector", (), "expert biases"
         return "hidden", (("transpose",),) if getattr(module, "is_transposed", False) else (), "expert stack"
     return "vector", (), "unknown"
 
@@ -148,13 +150,21 @@ def _owners(model: nn.Module) -> dict[int, list[Owner]]:
 
 
 def _output_embeddings(model: nn.Module) -> set[int]:
-    """ids of the parameters of output heads: what the model names as such, else the last linear layer onto the vocabulary."""
+    """ids of the parameters of output heads.
+
+    What the model names as such; else, for a transformers model around a base model, the linear layers beside that; else the
+    last linear layer from the width of the largest embedding onto its number of rows.
+    """
     named = getattr(model, "get_output_embeddings", None)
     head = named() if callable(named) else None
     if isinstance(head, nn.Module):
         return {id(param) for param in head.parameters()}
     if isinstance(head, Tensor):
         return {id(head)}
+    base = getattr(model, "base_model", model)
+    if base is not model:
+        beside = [child for child in model.children() if isinstance(child, nn.Linear)]
+        return {id(param) for child in beside for param in child.parameters()}
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     if not embeddings:
         return set()

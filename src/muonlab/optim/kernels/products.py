@@ -1,0 +1,180 @@
+"""Triton kernels for the products of the polar iteration, on stacks of matrices in banks.
+
+A symmetric matrix S [m, m] is kept in parts, because its rounding decides how accurate the iteration is:
+its entries off the diagonal in half precision (`off`, zeros on the diagonal), its diagonal in fp32 (`diagonal`), and, where
+it is added again later, what rounding took away (`rest`, lower triangle only, times `REST`). Of a symmetric product only
+the lower triangle is computed; the upper one is its mirror image.
+
+    gram_kernel        R = alpha * X X^T                                  (X^T X for tall X)
+    symmetric_kernel   C = alpha * A B + beta * B + gamma * I             (A, B symmetric and commuting)
+    product_kernel     Y = scale * (A X)                                  (X A for tall X; A symmetric)
+
+Descriptors are `[k, rows, cols]` stacks read in tiles; what lies outside a matrix reads as zero.
+"""
+
+import triton
+import triton.language as tl
+
+REST = tl.constexpr(2048.0)
+
+
+def _blocks(tiles, k):
+    return [
+        triton.Config({"BLOCK": block, "DEPTH": depth}, num_warps=warps, num_stages=stages)
+        for block, depth, warps, stages in tiles
+        if depth <= k
+    ]
+
+
+@triton.jit
+def _lower_tile(p):
+    """Tile (i, j), i >= j, number `p` of the lower triangle."""
+    i = ((tl.sqrt(8.0 * p + 1.0) - 1.0) / 2.0).to(tl.int32)
+    i = tl.where((i + 1) * (i + 2) // 2 <= p, i + 1, i)
+    i = tl.where(i * (i + 1) // 2 > p, i - 1, i)
+    return i, p - i * (i + 1) // 2
+
+
+@triton.jit
+def _store_symmetric(value, off, rest, diagonal, z, i, j, m, pitch, KEEP_REST: tl.constexpr, BLOCK: tl.constexpr):
+    rows = i * BLOCK + tl.arange(0, BLOCK)
+    cols = j * BLOCK + tl.arange(0, BLOCK)
+    below = (rows[:, None] > cols[None, :]) & (rows[:, None] < m)
+    start = z.to(tl.int64) * m * pitch
+    half = value.to(off.dtype.element_ty)
+    tl.store(off + start + rows[:, None] * pitch + cols[None, :], half, mask=below)
+    if KEEP_REST:
+        left = ((value - half.to(tl.float32)) * REST).to(off.dtype.element_ty)
+        tl.store(rest + start + rows[:, None] * pitch + cols[None, :], left, mask=below)
+    above = (rows[None, :] > cols[:, None]) & (rows[None, :] < m)
+    tl.store(off + start + cols[:, None] * pitch + rows[None, :], tl.trans(half), mask=above)
+    if i == j:
+        on = tl.sum(tl.where(rows[:, None] == cols[None, :], value, 0.0), axis=1)
+        tl.store(diagonal + z.to(tl.int64) * m + rows, on, mask=rows < m)
+
+
+@triton.jit
+def gram_kernel(
+    x,  # descriptor [k, m, n], or [k, n, m] for tall matrices
+    off,
+    rest,
+    diagonal,
+    scale,  # fp32 [k]: squared, multiplies the product
+    m,
+    n,
+    pitch,
+    alpha,
+    WIDE: tl.constexpr,
+    SCALED: tl.constexpr,
+    KEEP_REST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    i, j = _lower_tile(tl.program_id(0))
+    z = tl.program_id(1)
+    value = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for k in range(0, n, DEPTH):
+        if WIDE:
+            a = x.load([z, i * BLOCK, k]).reshape(BLOCK, DEPTH)
+            b = x.load([z, j * BLOCK, k]).reshape(BLOCK, DEPTH)
+            value = tl.dot(a, b.T, value)
+        else:
+            a = x.load([z, k, i * BLOCK]).reshape(DEPTH, BLOCK)
+            b = x.load([z, k, j * BLOCK]).reshape(DEPTH, BLOCK)
+            value = tl.dot(a.T, b, value)
+    if SCALED:
+        s = tl.load(scale + z)
+        value = value * s * s
+    _store_symmetric(value * alpha, off, rest, diagonal, z, i, j, m, pitch, KEEP_REST, BLOCK)
+
+
+@triton.jit
+def symmetric_kernel(
+    a,  # descriptor [k, m, m] of A's entries off the diagonal
+    b,  # the same of B
+    a_off,
+    a_diagonal,
+    b_off,
+    b_rest,
+    b_diagonal,
+    off,
+    rest,
+    diagonal,
+    m,
+    pitch,
+    alpha,
+    beta,
+    gamma,
+    HAS_REST: tl.constexpr,  # B has a rest
+    KEEP_REST: tl.constexpr,  # C shall have one
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    i, j = _lower_tile(tl.program_id(0))
+    z = tl.program_id(1)
+    value = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for k in range(0, m, DEPTH):
+        left = a.load([z, i * BLOCK, k]).reshape(BLOCK, DEPTH)
+        right = b.load([z, j * BLOCK, k]).reshape(BLOCK, DEPTH)
+        value = tl.dot(left, right.T, value)
+    # (A + D)(B + E) = A B + D B + A E + D E, for diagonal D and E.
+    rows = i * BLOCK + tl.arange(0, BLOCK)
+    cols = j * BLOCK + tl.arange(0, BLOCK)
+    inside = (rows[:, None] < m) & (cols[None, :] < m)
+    at = z.to(tl.int64) * m * pitch + rows[:, None] * pitch + cols[None, :]
+    d = tl.load(a_diagonal + z.to(tl.int64) * m + rows, mask=rows < m, other=0.0)
+    e = tl.load(b_diagonal + z.to(tl.int64) * m + cols, mask=cols < m, other=0.0)
+    right = tl.load(b_off + at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_REST:
+        below = inside & (rows[:, None] > cols[None, :])
+        right += tl.load(b_rest + at, mask=below, other=0.0).to(tl.float32) * (1.0 / REST)
+    left = tl.load(a_off + at, mask=inside, other=0.0).to(tl.float32)
+    value = alpha * (value + d[:, None] * right + left * e[None, :]) + beta * right
+    value += tl.where(rows[:, None] == cols[None, :], (alpha * d[:, None] + beta) * e[None, :] + gamma, 0.0)
+    _store_symmetric(value, off, rest, diagonal, z, i, j, m, pitch, KEEP_REST, BLOCK)
+
+
+@triton.jit
+def product_kernel(
+    a,  # descriptor [k, m, m] of A's entries off the diagonal
+    x,  # descriptor [k, m, n], or [k, n, m] for tall matrices
+    a_diagonal,
+    x_bank,
+    y_bank,
+    scale,
+    m,
+    n,
+    pitch,  # of the banks of X and Y
+    WIDE: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK: tl.constexpr,  # along the rows of Y
+    BREADTH: tl.constexpr,  # along its columns
+    DEPTH: tl.constexpr,
+):
+    z = tl.program_id(1)
+    y_rows = m if WIDE else n
+    y_cols = n if WIDE else m
+    across = tl.cdiv(y_cols, BREADTH)
+    i = tl.program_id(0) // across
+    j = tl.program_id(0) % across
+    value = tl.zeros([BLOCK, BREADTH], tl.float32)
+    for k in range(0, m, DEPTH):
+        if WIDE:
+            left = a.load([z, i * BLOCK, k]).reshape(BLOCK, DEPTH)
+            right = x.load([z, k, j * BREADTH]).reshape(DEPTH, BREADTH)
+        else:
+            left = x.load([z, i * BLOCK, k]).reshape(BLOCK, DEPTH)
+            right = a.load([z, k, j * BREADTH]).reshape(DEPTH, BREADTH)
+        value = tl.dot(left, right, value)
+    rows = i * BLOCK + tl.arange(0, BLOCK)
+    cols = j * BREADTH + tl.arange(0, BREADTH)
+    inside = (rows[:, None] < y_rows) & (cols[None, :] < y_cols)
+    at = z.to(tl.int64) * y_rows * pitch + rows[:, None].to(tl.int64) * pitch + cols[None, :]
+    own = tl.load(x_bank + at, mask=inside, other=0.0).to(tl.float32)
+    if WIDE:
+        value += tl.load(a_diagonal + z.to(tl.int64) * m + rows, mask=rows < m, other=0.0)[:, None] * own
+    else:
+        value += tl.load(a_diagonal + z.to(tl.int64) * m + cols, mask=cols < m, other=0.0)[None, :] * own
+    if SCALED:
+        value *= tl.load(scale + z)
+    tl.store(y_bank + at, value.to(y_bank.dtype.element_ty), mask=inside)
