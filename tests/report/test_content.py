@@ -108,6 +108,17 @@ def test_an_open_verdict_says_what_to_do_next():
     assert nothing[0]["headline"] == "No verdict."
 
 
+def test_the_answer_says_how_soon_the_other_was_caught_up_with(comparison):
+    summary = read_comparison(comparison).summary
+    (answer,) = html.answers(summary)
+    assert (
+        "muon reached adamw’s final loss after 71 of 100 updates and 7.9 s of training, where adamw took 13.1 s."
+        in answer["facts"]
+    )
+    summary["to_target"][0] |= {"updates": None, "seconds": None, "reached": "1 of 3"}
+    assert "muon did not reach adamw’s final loss in 100 updates (1 of 3 seeds)." in html.answers(summary)[0]["facts"]
+
+
 def test_several_verdicts_carry_holm_values():
     base = {
         "differences": [0.1, 0.2],

@@ -76,6 +76,7 @@ def answers(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         effect = series.number(verdict.get("detectable_effect"))
         if math.isfinite(effect):
             facts.append(f"A true difference of {style.loss(effect)} would have been found in 8 of 10 such studies.")
+        facts += _to_target(summary, candidate, reference)
         result.append(
             {
                 "word": word or "no verdict",
@@ -308,6 +309,23 @@ def _environment() -> jinja2.Environment:
         "pretty": lambda value: "\n".join(f"{key} = {json.dumps(item)}" for key, item in flat(value).items()),
     }
     return environment
+
+
+def _to_target(summary: Mapping[str, Any], candidate: str, reference: str) -> list[str]:
+    """What the candidate needed to reach the reference's final loss, beside what the reference needed."""
+    wanted = f"{reference}'s final loss"
+    row = next((r for r in summary.get("to_target", ()) if r["optimizer"] == candidate and r["target"] == wanted), None)
+    if row is None:
+        return []
+    budget = style.count((summary.get("budget") or {}).get("updates"))
+    updates, seconds = series.number(row.get("updates")), series.number(row.get("seconds"))
+    if not math.isfinite(updates):
+        return [f"{candidate} did not reach {reference}’s final loss in {budget} updates ({row['reached']} seeds)."]
+    theirs = _mean([e.get("seconds") for e in summary.get("finals", ()) if e["optimizer"] == reference])
+    text = f"{candidate} reached {reference}’s final loss after {style.count(updates)} of {budget} updates"
+    if math.isfinite(seconds) and math.isfinite(theirs):
+        text += f" and {style.duration(seconds)} of training, where {reference} took {style.duration(theirs)}"
+    return [text + "."]
 
 
 def _next(verdict: Mapping[str, Any]) -> str:
