@@ -116,10 +116,10 @@ def fake_comparison(root, optimizers=("muon", "adamw"), *, seeds=3, diverged=(),
             )
             loss = metrics["final"]["tune"]["cross_entropy"] + 0.02 * (auxiliary != 1) if status == "finished" else None
             results.append((loss if loss is not None else math.inf, index, lr))
-            values = {"lr": lr, "embedding_lr": lr * auxiliary, "head_lr": lr * auxiliary}
+            values = {"lr": lr, "auxiliary": auxiliary}
             trials.append({"optimizer": optimizer, "index": index, "stage": stage, "values": values, "status": status, "tune_cross_entropy": loss, "seconds": 13.1, "directory": directory})  # fmt: skip
         _, trial, lr = min(results)
-        chosen[optimizer] = {"values": {"lr": lr, "embedding_lr": lr, "head_lr": lr}, "trial": trial, "edge": edge}
+        chosen[optimizer] = {"values": {"lr": lr, "auxiliary": 1.0}, "trial": trial, "edge": edge}
         for seed in range(1, seeds + 1):
             directory = f"finals/{seed}-{abs(hash(optimizer)) if '/' in optimizer else optimizer}"
             metrics = fake_run(

@@ -108,6 +108,25 @@ def test_an_open_verdict_says_what_to_do_next():
     assert nothing[0]["headline"] == "No verdict."
 
 
+def trial(index, stage, lr, loss, **others):
+    return series.Trial(
+        index=index, stage=stage, lr=lr, loss=loss, status="finished", values={"lr": lr, **others}, chosen=False
+    )
+
+
+def test_the_good_range_is_read_from_trials_that_differ_in_the_learning_rate_alone():
+    plain = [
+        trial(i, "lr", lr, loss, auxiliary=1.0) for i, (lr, loss) in enumerate([(0.01, 3.1), (0.02, 3.0), (0.04, 3.1)])
+    ]
+    other = [trial(3, "auxiliary", 0.02, 2.8, auxiliary=3.0), trial(4, "sobol", 0.03, 2.9, auxiliary=1.0)]
+    assert series.sweep([*plain, *other]) == plain
+    assert series.sensitivity([*plain, *other], 0.05).octaves == pytest.approx(1.0)
+    refined = [trial(5, "refine", 0.015, 2.85, auxiliary=3.0), trial(6, "refine", 0.03, 2.85, auxiliary=3.0)]
+    assert series.sweep([*plain, *other, *refined]) == [other[0], *refined]
+    assert series.sweep([]) == []
+    assert series.sensitivity([trial(0, "lr", 0.01, math.nan)]) is None
+
+
 def test_the_answer_says_how_soon_the_other_was_caught_up_with(comparison):
     summary = read_comparison(comparison).summary
     (answer,) = html.answers(summary)

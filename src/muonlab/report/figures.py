@@ -140,13 +140,13 @@ def _learning_rate(axes: Axes, run: Mapping[str, Any]) -> None:
     for kind in dict.fromkeys(kind for row in rows for kind in row.get("lr", ())):
         kinds.setdefault(tuple(series.number(row["lr"].get(kind)) for row in rows), []).append(kind)
     for rates, names in kinds.items():
-        color = LR_KIND_COLORS.get(names[0], style.INK)
+        color = next((LR_KIND_COLORS[kind] for kind in LR_KIND_COLORS if kind in names), style.INK)
         axes.plot([row["update"] for row in rows], rates, color=color, label=plain(", ".join(names)))
     axes.set_title("Learning rate as applied")
     axes.set_xlabel("updates")
     if kinds:
         axes.set_ylim(bottom=0)
-        axes.legend(title="parameters", loc="best")
+        axes.legend(title="parameters", alignment="left")
     else:
         empty(axes, "no update was made")
 
@@ -197,13 +197,14 @@ def _sensitivity(axes: Axes, summary: Mapping[str, Any]) -> None:
         style_: dict[str, Any] = {"color": color[name], "marker": style.MARKERS[slots[name]]}
         lrs, best = series.best_by_lr(trials[name])
         axes.plot(lrs, [min(value, top) for value in best], color=color[name], linewidth=1.2, alpha=0.75)
+        swept = series.sweep(trials[name])
         for trial in trials[name]:
             if not math.isfinite(trial.loss):
                 axes.plot(trial.lr, top + 0.13 * span, color=color[name], marker="x", markersize=7, mew=2, linestyle="")
             elif trial.loss > top:
                 axes.plot(trial.lr, top + 0.05 * span, color=color[name], marker=6, markersize=6, linestyle="")
             else:
-                filled: dict[str, Any] = {} if trial.stage in ("lr", "edge") else {"markerfacecolor": "white"}
+                filled: dict[str, Any] = {} if trial in swept else {"markerfacecolor": "white"}
                 axes.plot(trial.lr, trial.loss, markersize=5, linestyle="", **style_, **filled)
             if trial.chosen and math.isfinite(trial.loss):
                 axes.plot(trial.lr, min(trial.loss, top), "o", markersize=13, mfc="none", mec=style.INK, mew=1.3)
@@ -223,7 +224,7 @@ def _sensitivity(axes: Axes, summary: Mapping[str, Any]) -> None:
                       fontsize=8, color=color[name])  # fmt: skip
     failed = any(not math.isfinite(loss) for loss in losses)
     axes.set_ylim(bottom - (0.14 + 0.1 * max(1, len(bars))) * span, top + (0.22 if failed else 0.1) * span)
-    ticks = sorted({trial.lr for group in trials.values() for trial in group if trial.stage in ("lr", "edge")})
+    ticks = sorted({trial.lr for group in trials.values() for trial in series.sweep(group)})
     _lr_ticks(axes, ticks)
     note = f"ring: chosen, hollow: other knobs moved{', ×: diverged' if failed else ''}"
     note += f"\nbar: range within {series.DELTA} nats of the best"

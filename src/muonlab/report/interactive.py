@@ -127,7 +127,8 @@ def lr_sensitivity(material: Material) -> dict[str, Any] | None:
         )
         points = trials[name]
         ok = [math.isfinite(trial.loss) for trial in points]
-        swept = [trial.stage in ("lr", "edge") for trial in points]
+        in_sweep = series.sweep(points)
+        swept = [trial in in_sweep for trial in points]
         traces.append(
             {
                 "x": [trial.lr for trial in points],
@@ -210,7 +211,17 @@ def training_curves(material: Material, key: str, label: str, log: bool = False)
                         "meta": {"optimizer": name, "x": xs},
                     }
                 )
-    return figure(traces, "updates", label, yaxis={"type": "log"} if log else {}, height=320) if traces else None
+    return (
+        figure(
+            traces,
+            "updates",
+            label,
+            yaxis={"type": "log", "tickformat": "~g", "dtick": "D2"} if log else {},
+            height=320,
+        )
+        if traces
+        else None
+    )
 
 
 def _look(material: Material, name: str) -> dict[str, str]:

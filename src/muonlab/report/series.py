@@ -119,9 +119,27 @@ def trials_of(summary: Mapping[str, Any], optimizer: str) -> list[Trial]:
     return sorted(found, key=lambda trial: (trial.lr, trial.index))
 
 
+def sweep(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that differ in nothing but the learning rate: the slice in which a width of the good range has a meaning.
+
+    Of several slices the one with the best loss counts among those with three learning rates or more, else the largest.
+    """
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        others = {key: value for key, value in trial.values.items() if not key.endswith("lr")}
+        if trial.stage != "sobol" and (trial.stage not in ("aux", "auxiliary") or "auxiliary" in others):
+            groups.setdefault(repr(sorted(others.items())), []).append(trial)
+
+    def rank(group: list[Trial]) -> tuple[int, float]:
+        best = min((trial.loss for trial in group if math.isfinite(trial.loss)), default=math.inf)
+        return min(3, len({trial.lr for trial in group})), -best
+
+    return max(groups.values(), key=rank, default=[])
+
+
 def sensitivity(trials: Sequence[Trial], delta: float = DELTA) -> LRTolerance | None:
-    """Width of the good range of learning rates, best trial at each; quasi-random trials vary too much else to count."""
-    swept = [trial for trial in trials if trial.stage != "sobol"]
+    """Width of the good range of learning rates within the sweep; None when nothing there finished."""
+    swept = sweep(trials)
     try:
         return lr_tolerance([t.lr for t in swept], [t.loss for t in swept], delta)
     except InputError:  # nothing finite
@@ -129,10 +147,10 @@ def sensitivity(trials: Sequence[Trial], delta: float = DELTA) -> LRTolerance | 
 
 
 def best_by_lr(trials: Sequence[Trial]) -> tuple[list[float], list[float]]:
-    """Learning rates and the best finite loss at each, quasi-random trials left out."""
+    """Learning rates of the sweep and the best finite loss at each."""
     table: dict[float, float] = {}
-    for trial in trials:
-        if trial.stage != "sobol" and math.isfinite(trial.loss):
+    for trial in sweep(trials):
+        if math.isfinite(trial.loss):
             table[trial.lr] = min(table.get(trial.lr, math.inf), trial.loss)
     return sorted(table), [table[lr] for lr in sorted(table)]
 
