@@ -153,7 +153,7 @@ def _output_embeddings(model: nn.Module) -> set[int]:
     """ids of the parameters of output heads.
 
     What the model names as such; else, for a transformers model around a base model, the linear layers beside that; else the
-    last linear layer from the width of the largest embedding onto its number of rows.
+    last linear layer with as many outputs as the largest embedding has rows.
     """
     named = getattr(model, "get_output_embeddings", None)
     head = named() if callable(named) else None
@@ -169,12 +169,8 @@ def _output_embeddings(model: nn.Module) -> set[int]:
     if not embeddings:
         return set()
     vocabulary = max(embeddings, key=lambda module: module.num_embeddings)
-    onto = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Linear)
-        and (module.out_features, module.in_features) == (vocabulary.num_embeddings, vocabulary.embedding_dim)
-    ]
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    onto = [module for module in linear if module.out_features == vocabulary.num_embeddings]
     return {id(param) for param in onto[-1].parameters()} if onto else set()
 
 

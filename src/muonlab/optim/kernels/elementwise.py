@@ -82,18 +82,23 @@ def momentum_kernel(
     layout,  # int64 [matrices, LAYOUT]
     hyper,  # fp32 [groups, HYPER]; column 2 is the momentum
     multiplier,  # fp32 [matrices]: what the direction is multiplied by before it is cast
-    partial,  # fp32 [chunks, 2]: largest absolute entry, and sum of squares divided by its square
+    partial,  # fp32 [chunks, 3]: largest absolute entry, sum of squares divided by its square, 1 if any gradient
     bank,
     first,
     GRAD_TYPE: tl.constexpr,
     MOMENTUM_TYPE: tl.constexpr,
     NESTEROV: tl.constexpr,
     HEAVY_BALL: tl.constexpr,
+    SKIP_IDLE: tl.constexpr,
     FLAT: tl.constexpr,
     ALIGN: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """New momentum in place, and the direction, cast with the multiplier that fitted the last update, into the bank."""
+    """New momentum in place, and the direction, cast with the multiplier that fitted the last update, into the bank.
+
+    SKIP_IDLE: where the whole gradient of a matrix is zero its momentum must not change. A chunk without any gradient
+    therefore leaves it to `settle_kernel`, which knows the other chunks.
+    """
     program = first + tl.program_id(0)
     matrix = tl.load(chunks + 2 * program)
     chunk = tl.load(chunks + 2 * program + 1)
@@ -102,8 +107,9 @@ def momentum_kernel(
     grad_offsets, inside = _entries(layout, matrix, chunk, 1, FLAT, ALIGN, SIZE)
     if tl.load(pointers + owner * POINTERS + GRAD) == 0:
         tl.store(target, tl.zeros([SIZE], tl.float32).to(bank.dtype.element_ty), mask=inside)
-        tl.store(partial + 2 * program, 0.0)
-        tl.store(partial + 2 * program + 1, 0.0)
+        tl.store(partial + 3 * program, 0.0)
+        tl.store(partial + 3 * program + 1, 0.0)
+        tl.store(partial + 3 * program + 2, 0.0)
     else:
         mu = tl.load(hyper + tl.load(layout + matrix * LAYOUT + 4) * HYPER + 2)
         grad = tl.load(_address(pointers, owner, GRAD, GRAD_TYPE, ALIGN) + grad_offsets, mask=inside, other=0.0)
@@ -115,13 +121,15 @@ def momentum_kernel(
             momentum = mu * momentum + grad
         else:
             momentum = momentum + (1.0 - mu) * (grad - momentum)
-        tl.store(place, momentum.to(MOMENTUM_TYPE), mask=inside)
+        active = tl.max(tl.where(grad != 0, 1.0, 0.0), axis=0)
+        tl.store(partial + 3 * program + 2, active)
+        tl.store(place, momentum.to(MOMENTUM_TYPE), mask=inside & (active > 0) if SKIP_IDLE else inside)
         direction = _direction(grad, momentum, mu, NESTEROV, HEAVY_BALL)
         largest = tl.max(tl.abs(direction), axis=0)
         ratio = direction / tl.where(largest > 0, largest, 1.0)
-        tl.store(partial + 2 * program, largest)
+        tl.store(partial + 3 * program, largest)
         # An infinity or a NaN makes this sum NaN, and with it the whole matrix.
-        tl.store(partial + 2 * program + 1, tl.sum(ratio * ratio, axis=0))
+        tl.store(partial + 3 * program + 1, tl.sum(ratio * ratio, axis=0))
         tl.store(target, (direction * tl.load(multiplier + matrix)).to(bank.dtype.element_ty), mask=inside)
 
 
@@ -131,6 +139,8 @@ def norm_kernel(
     gains,  # fp32 [matrices]: the Frobenius norm that the cast matrix should have, about sqrt(rows * cols)
     partial,
     multiplier,
+    active,  # fp32 [matrices]: 1 if it has any gradient
+    late,  # fp32 [matrices]: 1 if `settle_kernel` has to finish its momentum
     redo,  # fp32 [matrices]: 0, or the multiplier of a second cast
     scale,  # fp32 [matrices]: what the cast matrix is to be multiplied by to have norm 1
     first,
@@ -142,16 +152,21 @@ def norm_kernel(
     end = tl.load(starts + matrix + 1)
     gain = tl.load(gains + matrix)
     largest = tl.zeros([SIZE], tl.float32)
+    moved = tl.zeros([SIZE], tl.float32)
     for at in range(start, end, SIZE):
         index = at + tl.arange(0, SIZE)
-        largest = tl.maximum(largest, tl.load(partial + 2 * index, mask=index < end, other=0.0))
+        largest = tl.maximum(largest, tl.load(partial + 3 * index, mask=index < end, other=0.0))
+        moved += tl.load(partial + 3 * index + 2, mask=index < end, other=0.0)
+    chunks = tl.sum(moved, axis=0)
+    tl.store(active + matrix, tl.where(chunks > 0, 1.0, 0.0))
+    tl.store(late + matrix, tl.where((chunks > 0) & (chunks < end - start), 1.0, 0.0))
     top = tl.max(largest, axis=0)
     divisor = tl.where(top > 0, top, 1.0)
     total = tl.zeros([SIZE], tl.float32)
     for at in range(start, end, SIZE):
         index = at + tl.arange(0, SIZE)
-        ratio = tl.load(partial + 2 * index, mask=index < end, other=0.0) / divisor
-        total += tl.load(partial + 2 * index + 1, mask=index < end, other=0.0) * ratio * ratio
+        ratio = tl.load(partial + 3 * index, mask=index < end, other=0.0) / divisor
+        total += tl.load(partial + 3 * index + 1, mask=index < end, other=0.0) * ratio * ratio
     root = tl.sqrt(tl.sum(total, axis=0))  # norm = divisor * root, which may itself be outside the range of fp32
     zero = root == 0
     wanted = tl.minimum(gain / tl.where(zero, 1.0, root) / divisor, 1e37)
@@ -166,11 +181,13 @@ def norm_kernel(
 
 
 @triton.jit
-def recast_kernel(
+def settle_kernel(
     starts,
     pointers,
     layout,
     hyper,
+    partial,
+    late,
     redo,
     bank,
     first,
@@ -178,26 +195,35 @@ def recast_kernel(
     MOMENTUM_TYPE: tl.constexpr,
     NESTEROV: tl.constexpr,
     HEAVY_BALL: tl.constexpr,
+    SKIP_IDLE: tl.constexpr,
     FLAT: tl.constexpr,
     ALIGN: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """Casts those matrices again whose norm has changed too much since the last update; the others return at once."""
+    """What could only be decided with the whole matrix in view: momentum where a chunk had no gradient, and a second cast
+    where the norm has changed too much since the last update. Most matrices need neither and return at once."""
     matrix = first + tl.program_id(0)
     again = tl.load(redo + matrix)
-    if again != 0:
-        owner = tl.load(layout + matrix * LAYOUT)
+    finish = (tl.load(late + matrix) != 0) & SKIP_IDLE
+    owner = tl.load(layout + matrix * LAYOUT)
+    if ((again != 0) | finish) & (tl.load(pointers + owner * POINTERS + GRAD) != 0):
         mu = tl.load(hyper + tl.load(layout + matrix * LAYOUT + 4) * HYPER + 2)
-        count = tl.load(starts + matrix + 1) - tl.load(starts + matrix)
+        start = tl.load(starts + matrix)
+        count = tl.load(starts + matrix + 1) - start
         for chunk in range(tl.program_id(1), count, tl.num_programs(1)):
             offsets, inside = _entries(layout, matrix, chunk, 1, FLAT, ALIGN, SIZE)
             grad = tl.load(_address(pointers, owner, GRAD, GRAD_TYPE, ALIGN) + offsets, mask=inside, other=0.0)
             offsets, inside = _entries(layout, matrix, chunk, 2, FLAT, ALIGN, SIZE)
             place = _address(pointers, owner, MOMENTUM, MOMENTUM_TYPE, ALIGN) + offsets
             momentum = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-            direction = _direction(grad.to(tl.float32), momentum, mu, NESTEROV, HEAVY_BALL)
-            target = bank + _bank_entries(layout, matrix, chunk, FLAT, ALIGN, SIZE)
-            tl.store(target, (direction * again).to(bank.dtype.element_ty), mask=inside)
+            if SKIP_IDLE:
+                left = tl.load(partial + 3 * (start + chunk) + 2) == 0
+                momentum = tl.where(left, mu * momentum, momentum)
+                tl.store(place, momentum.to(MOMENTUM_TYPE), mask=inside & left & finish)
+            if again != 0:
+                direction = _direction(grad.to(tl.float32), momentum, mu, NESTEROV, HEAVY_BALL)
+                target = bank + _bank_entries(layout, matrix, chunk, FLAT, ALIGN, SIZE)
+                tl.store(target, (direction * again).to(bank.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -206,21 +232,29 @@ def apply_kernel(
     pointers,
     layout,
     hyper,
-    factors,  # fp32 [matrices]: the scale convention's factor
+    factors,  # fp32 [matrices, 2]: factors of the learning rate and of the decay
+    active,
     bank,  # polar factors
     first,
     PARAM_TYPE: tl.constexpr,
     CAUTIOUS: tl.constexpr,
+    SKIP_IDLE: tl.constexpr,
     FLAT: tl.constexpr,
     ALIGN: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """param -= lr * weight_decay * param + lr * factor * update, in place."""
+    """param -= lr * weight_decay * param + lr * factor * update, in place.
+
+    CAUTIOUS: entries that the update pushes away from zero are not decayed.
+    """
     program = first + tl.program_id(0)
     matrix = tl.load(chunks + 2 * program)
     chunk = tl.load(chunks + 2 * program + 1)
     owner = tl.load(layout + matrix * LAYOUT)
-    if tl.load(pointers + owner * POINTERS + GRAD) != 0:
+    moves = tl.load(pointers + owner * POINTERS + GRAD) != 0
+    if SKIP_IDLE:
+        moves = moves & (tl.load(active + matrix) != 0)
+    if moves:
         group = hyper + tl.load(layout + matrix * LAYOUT + 4) * HYPER
         lr = tl.load(group + LR)
         offsets, inside = _entries(layout, matrix, chunk, 0, FLAT, ALIGN, SIZE)
@@ -228,10 +262,10 @@ def apply_kernel(
         source = bank + _bank_entries(layout, matrix, chunk, FLAT, ALIGN, SIZE)
         update = tl.load(source, mask=inside, other=0.0).to(tl.float32)
         param = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        shrink = lr * tl.load(group + WEIGHT_DECAY)
+        shrink = lr * tl.load(group + WEIGHT_DECAY) * tl.load(factors + 2 * matrix + 1)
         if CAUTIOUS:
             shrink = tl.where(param * update > 0, shrink, 0.0)
-        param = param * (1.0 - shrink) - lr * tl.load(factors + matrix) * update
+        param = param * (1.0 - shrink) - lr * tl.load(factors + 2 * matrix) * update
         tl.store(place, param.to(PARAM_TYPE), mask=inside)
 
 
@@ -261,6 +295,7 @@ def adamw_kernel(
     PARAM_TYPE: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
     STATE_TYPE: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
     ALIGN: tl.constexpr,
     SIZE: tl.constexpr,
 ):
@@ -291,5 +326,8 @@ def adamw_kernel(
         tl.store(square_at, square.to(STATE_TYPE), mask=inside)
         update = mean / ((tl.sqrt(square / correction2) + tl.load(group + 4)) * correction1)
         param = tl.load(param_at, mask=inside, other=0.0).to(tl.float32)
-        param = param * (1.0 - lr * tl.load(group + WEIGHT_DECAY)) - lr * update
+        shrink = lr * tl.load(group + WEIGHT_DECAY)
+        if CAUTIOUS:
+            shrink = tl.where(param * update > 0, shrink, 0.0)
+        param = param * (1.0 - shrink) - lr * update
         tl.store(param_at, param.to(PARAM_TYPE), mask=inside)

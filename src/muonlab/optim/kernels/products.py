@@ -12,18 +12,66 @@ the lower triangle is computed; the upper one is its mirror image.
 Descriptors are `[k, rows, cols]` stacks read in tiles; what lies outside a matrix reads as zero.
 """
 
+import os
+
 import triton
 import triton.language as tl
 
 REST = tl.constexpr(2048.0)
 
+# Triton's interpreter cannot time anything: one small configuration.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-def _blocks(tiles, k):
+
+def _tile_gram(arguments):
+    block, depth = arguments["BLOCK"], arguments["DEPTH"]
+    arguments["x"].block_shape = [1, block, depth] if arguments["WIDE"] else [1, depth, block]
+
+
+def _tile_symmetric(arguments):
+    arguments["a"].block_shape = arguments["b"].block_shape = [1, arguments["BLOCK"], arguments["DEPTH"]]
+
+
+def _tile_product(arguments):
+    block, breadth, depth = arguments["BLOCK"], arguments["BREADTH"], arguments["DEPTH"]
+    arguments["a"].block_shape = [1, block, depth] if arguments["WIDE"] else [1, depth, breadth]
+    arguments["x"].block_shape = [1, depth, breadth] if arguments["WIDE"] else [1, block, depth]
+
+
+def _square(pre_hook):
+    tiles = [(128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (128, 128, 8, 3), (64, 64, 4, 4), (64, 128, 4, 3)]
+    tiles = [(32, 32, 4, 1)] if _INTERPRETED else tiles
     return [
-        triton.Config({"BLOCK": block, "DEPTH": depth}, num_warps=warps, num_stages=stages)
+        triton.Config({"BLOCK": block, "DEPTH": depth}, num_warps=warps, num_stages=stages, pre_hook=pre_hook)
         for block, depth, warps, stages in tiles
-        if depth <= k
     ]
+
+
+def _rectangular(pre_hook):
+    tiles = [
+        (128, 256, 64, 8, 3),
+        (128, 256, 64, 8, 4),
+        (256, 128, 64, 8, 3),
+        (128, 128, 64, 8, 3),
+        (128, 128, 64, 4, 3),
+        (64, 64, 64, 4, 4),
+    ]
+    tiles = [(32, 32, 32, 4, 1)] if _INTERPRETED else tiles
+    return [
+        triton.Config(
+            {"BLOCK": block, "BREADTH": breadth, "DEPTH": depth},
+            num_warps=warps,
+            num_stages=stages,
+            pre_hook=pre_hook,
+        )
+        for block, breadth, depth, warps, stages in tiles
+    ]
+
+
+def _fitting(configs, arguments, **_):
+    """Small tiles for small matrices only, large ones for large."""
+    large = arguments["m"] > 64
+    return [config for config in configs if (config.kwargs["BLOCK"] > 64) == large] or configs
 
 
 @triton.jit
@@ -53,6 +101,7 @@ def _store_symmetric(value, off, rest, diagonal, z, i, j, m, pitch, KEEP_REST: t
         tl.store(diagonal + z.to(tl.int64) * m + rows, on, mask=rows < m)
 
 
+@triton.autotune(_square(_tile_gram), key=["m", "n", "WIDE"], prune_configs_by={"early_config_prune": _fitting})
 @triton.jit
 def gram_kernel(
     x,  # descriptor [k, m, n], or [k, n, m] for tall matrices
@@ -88,6 +137,7 @@ def gram_kernel(
     _store_symmetric(value * alpha, off, rest, diagonal, z, i, j, m, pitch, KEEP_REST, BLOCK)
 
 
+@triton.autotune(_square(_tile_symmetric), key=["m", "KEEP_REST"], prune_configs_by={"early_config_prune": _fitting})
 @triton.jit
 def symmetric_kernel(
     a,  # descriptor [k, m, m] of A's entries off the diagonal
@@ -134,6 +184,7 @@ def symmetric_kernel(
     _store_symmetric(value, off, rest, diagonal, z, i, j, m, pitch, KEEP_REST, BLOCK)
 
 
+@triton.autotune(_rectangular(_tile_product), key=["m", "n", "WIDE"], prune_configs_by={"early_config_prune": _fitting})
 @triton.jit
 def product_kernel(
     a,  # descriptor [k, m, m] of A's entries off the diagonal
