@@ -127,6 +127,17 @@ def test_the_good_range_is_read_from_trials_that_differ_in_the_learning_rate_alo
     assert series.sensitivity([trial(0, "lr", 0.01, math.nan)]) is None
 
 
+def test_the_sweep_in_numbers_finds_the_known_optimum(fake, tmp_path):
+    summary = fake.fake_comparison(tmp_path, sobol=2)
+    found = html.learning_rates(
+        summary, "adamw"
+    )  # the generator's loss is a parabola in log lr around 0.003, plus noise
+    assert found["tried"] == pytest.approx([0.003 / 10**0.5, 0.003, 0.003 * 10**0.5])
+    assert found["optimum"].lr == pytest.approx(0.003, rel=0.1)
+    assert found["optimum"].curvature == pytest.approx(0.06, rel=0.2)
+    assert html.learning_rates({**summary, "trials": []}, "adamw") is None
+
+
 def test_the_answer_says_how_soon_the_other_was_caught_up_with(comparison):
     summary = read_comparison(comparison).summary
     (answer,) = html.answers(summary)

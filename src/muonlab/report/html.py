@@ -12,7 +12,7 @@ from muonlab.report.differences import differing, flat, routing_rules
 from muonlab.report.reading import Material, finals_of
 from muonlab.report.stability import plateaus, recommendations, spikes
 from muonlab.report.threats import not_learned, threats
-from muonlab.studies.statistics import holm
+from muonlab.studies.statistics import holm, lr_optimum
 
 
 def comparison_page(material: Material) -> str:
@@ -29,7 +29,7 @@ def comparison_page(material: Material) -> str:
         threats=threats(material),
         recommended=recommendations(summary),
         protocol=protocol(material),
-        trials=[trial for name in names for trial in series.trials_of(summary, name)],
+        rates=[rate for name in names if (rate := learning_rates(summary, name))],
         trial_rows=trial_rows(summary),
         final_rows=final_rows(material),
         differences=differences(material),
@@ -158,6 +158,21 @@ def overview(material: Material, name: str) -> dict[str, Any]:
         "range": width,
         "open": bool(width and (width.open_low or width.open_high)),
     }
+
+
+def learning_rates(summary: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """The sweep of one optimizer in numbers: what was tried, the good range, and a parabola's optimum; None without one.
+
+    The parabola is fitted within 3.5 octaves of the best, where a loss against log lr is about one.
+    """
+    swept = series.sweep(series.trials_of(summary, name))
+    width = series.sensitivity(series.trials_of(summary, name))
+    if width is None:
+        return None
+    near = [trial for trial in swept if abs(math.log2(trial.lr / width.best)) <= 3.5]
+    rates = sorted({trial.lr for trial in swept})
+    fit = lr_optimum([t.lr for t in near], [t.loss for t in near])
+    return {"name": name, "tried": rates, "width": width, "optimum": fit}
 
 
 def protocol(material: Material) -> list[tuple[str, str]]:
