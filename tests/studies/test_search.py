@@ -5,7 +5,7 @@ import math
 import pytest
 
 from muonlab.errors import InputError
-from muonlab.studies.search import STEP, Point, Search
+from muonlab.studies.search import AUXILIARY, STEP, Point, Search
 
 
 def spend(search: Search, loss) -> list[Point]:
@@ -45,11 +45,11 @@ def test_a_best_value_still_at_the_edge_when_the_budget_is_spent_is_flagged():
 def test_embeddings_and_head_have_a_learning_rate_of_their_own_for_every_optimizer():
     for optimizer in ("muon", "adamw"):
         search = Search(optimizer, 5, center=0.01)
-        points = spend(search, valley(0.01, best_auxiliary=3.0))
-        assert search.best.auxiliary == pytest.approx(3.0)
+        points = spend(search, valley(0.01, best_auxiliary=9.0))
+        assert search.best.auxiliary == pytest.approx(9.0)
         options = search.best.options(optimizer)
-        assert options["embedding_lr"] == options["head_lr"] == pytest.approx(3 * options["lr"])
-        assert {p.auxiliary for p in points} == {1.0, 1 / 3, 3.0}
+        assert options["embedding_lr"] == options["head_lr"] == pytest.approx(9 * options["lr"])
+        assert {p.auxiliary for p in points} == {AUXILIARY, AUXILIARY / 3, AUXILIARY * 3}
 
 
 def test_the_later_stages_move_weight_decay_and_momentum_within_their_ranges():

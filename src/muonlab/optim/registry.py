@@ -91,7 +91,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
             name="adamw",
             options=AdamWOptions,
             build=_hybrid("adamw"),
-            lr_center=5e-3,
+            lr_center=2.5e-3,
             summary="adaptive moments with decoupled weight decay",
         ),
         OptimizerEntry(

@@ -12,10 +12,14 @@ from muonlab.optim.registry import OPTIMIZERS
 STEP = math.sqrt(10.0)
 """Ratio of neighbouring learning rates in the first stage: two to a decade."""
 
+AUXILIARY = 3.0
+"""Where the learning rate of embeddings and head starts, as a multiple of the matrices': on the micro model both AdamW and
+Muon were better at 3 than at 1 (by 0.6 and 0.1 nats after 100 updates). The same for every optimizer."""
+
 STAGES = {
     "lr": "three learning rates, two to a decade, around the optimizer's usual one",
     "edge": "one step beyond the best learning rate while that one lies at the edge of its range",
-    "auxiliary": "the learning rate of embeddings and head, a third and three times, at the best learning rate",
+    "auxiliary": "a third and three times the learning rate of embeddings and head, at the best learning rate",
     "refine": "half a step to either side of the best learning rate",
     "sobol": "quasi-random points over all knobs around the best trial",
 }
@@ -28,7 +32,7 @@ class Point:
     stage: str
     lr: float
     """Learning rate of hidden matrices and of everything without one of its own."""
-    auxiliary: float = 1.0
+    auxiliary: float = AUXILIARY
     """Learning rate of embeddings and head as a multiple of `lr`."""
     weight_decay: float | None = None
     """None keeps the optimizer's default, as does the next."""

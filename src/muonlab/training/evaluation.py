@@ -3,6 +3,7 @@
 import math
 
 import torch
+
 from muonlab.data import Dataset, evaluation_windows
 from muonlab.models import Transformer
 from muonlab.models.ops import head_stats
@@ -35,8 +36,8 @@ class Evaluator:
             ids = None if self.document_ids is None else self.document_ids[rows].to(device)
             with precision.autocast():
                 hidden = model(self.inputs[rows].to(device), document_ids=ids).hidden
-            targets = self.targets[rows].to(device).flatten()
-            stats = head_stats(hidden.flatten(0, 1), model.head_weight, targets, self.chunk_bytes)
+                targets = self.targets[rows].to(device).flatten()
+                stats = head_stats(hidden.flatten(0, 1), model.head_weight, targets, self.chunk_bytes)
             total += cross_entropy(stats).double().sum()
             correct += stats.correct.sum()
         model.train(training)

@@ -112,9 +112,9 @@ class Update:
         """Mean cross-entropy (detached) and objective of one micro-batch, inputs and targets [B, T]."""
         with self.precision.autocast():
             output = self.model(inputs, document_ids=document_ids)
-        hidden = output.hidden.flatten(0, 1)  # [B * T, d_model]
-        chunk = self.config.training.logit_chunk_bytes
-        stats = head_stats(hidden, self.model.head_weight, targets.flatten(), chunk)
+            hidden = output.hidden.flatten(0, 1)  # [B * T, d_model]
+            chunk = self.config.training.logit_chunk_bytes
+            stats = head_stats(hidden, self.model.head_weight, targets.flatten(), chunk)
         objective = training_loss(stats, self.config.loss).mean() + output.auxiliary_loss
         return cross_entropy(stats).detach().mean(), objective
 
