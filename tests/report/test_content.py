@@ -193,7 +193,7 @@ def test_threats_come_from_the_data(comparison, fake, tmp_path):
     assert "Tuning trials that did not finish" in titles(read_comparison(comparison))
     edge = changed(comparison, chosen={"muon": {"values": {"lr": 0.02}, "trial": 1, "edge": True}})
     assert "muon" in titles(edge)["Best learning rate at the edge of its range"].text
-    assert "Nothing was learned" in titles(
+    assert "Not below the unigram entropy" in titles(
         changed(comparison, gate={"unigram_entropy": 6.3, "passed": {"muon": True, "adamw": False}})
     )
     fake.fake_comparison(
@@ -236,6 +236,10 @@ def test_the_diverged_trial_is_drawn_above_the_others(comparison):
     failed = points["marker"]["symbol"].index("x-thin")
     assert points["y"][failed] == max(points["y"])
     assert "diverged" in points["text"][failed]
+
+
+def test_options_in_a_remedy_are_code_and_the_rest_is_escaped():
+    assert html._options("<b> more (--seeds 5)") == "&lt;b&gt; more (<code>--seeds 5</code>)"
 
 
 def test_the_templates_are_part_of_the_package():

@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 
 from muonlab.report import interactive, series, style
 from muonlab.report.differences import differing, flat, routing_rules
@@ -321,9 +323,15 @@ def _environment() -> jinja2.Environment:
         "count": style.count,
         "duration": style.duration,
         "values": style.values_text,
+        "options": _options,
         "pretty": lambda value: "\n".join(f"{key} = {json.dumps(item)}" for key, item in flat(value).items()),
     }
     return environment
+
+
+def _options(text: str) -> Markup:
+    """Text with command-line options set as code, so that no line breaks inside them."""
+    return Markup(re.sub(r"--[\w-]+( \d+)?", r"<code>\g<0></code>", str(escape(text))))
 
 
 def _to_target(summary: Mapping[str, Any], candidate: str, reference: str) -> list[str]:

@@ -58,7 +58,7 @@ def _gate(material: Material) -> Iterator[Threat]:
         entropy = style.loss(material.summary["gate"].get("unigram_entropy"))
         yield Threat(
             severity="serious",
-            title="Nothing was learned",
+            title="Not below the unigram entropy",
             text=f"{_names(stuck)} did not get below the unigram entropy of the training text ({entropy} nats per token): "
             "a model that only counts words would do as well.",
             remedy="Train for more updates, or search other learning rates.",
