@@ -138,6 +138,16 @@ def test_the_sweep_in_numbers_finds_the_known_optimum(fake, tmp_path):
     assert html.learning_rates({**summary, "trials": []}, "adamw") is None
 
 
+def test_efficiency_is_the_gain_over_counting_words_per_cost(comparison):
+    material = read_comparison(comparison)
+    found = html.efficiency(material, "muon")
+    mean = sum(f["report_cross_entropy"] for f in material.summary["finals"][:3]) / 3
+    assert found["gain"] == pytest.approx(6.31 - mean)
+    assert found["per_minute"] == pytest.approx(found["gain"] / 13.1 * 60)
+    assert found["per_gigabyte"] == pytest.approx(found["gain"] / 0.412)
+    assert html.efficiency(changed(comparison, gate={"unigram_entropy": 3.0, "passed": False}), "muon") is None
+
+
 def test_the_answer_says_how_soon_the_other_was_caught_up_with(comparison):
     summary = read_comparison(comparison).summary
     (answer,) = html.answers(summary)

@@ -36,10 +36,12 @@ def write_exports(directory: str | Path) -> list[Path]:
     """Write the comparison in `directory` for other programs and for print, beside its summary.
 
     `runs.csv` (a row per run with its configuration), `curves.csv` (a row per evaluation), `tables.tex` (booktabs),
-    `paper.tex` (an article around tables and figure) and `EXPERIMENT_CARD.txt`. InputError without a readable summary.
+    `paper.tex` (an article around tables and figure), `EXPERIMENT_CARD.txt` and
+    `pareto_plot.png` (time against loss of the final runs). InputError without a readable summary.
     """
     from muonlab.report import exports
     from muonlab.report.reading import read_comparison
+    from muonlab.report.surveys import pareto_plot
 
     material = read_comparison(directory)
     texts = {
@@ -51,7 +53,12 @@ def write_exports(directory: str | Path) -> list[Path]:
     }
     for name, text in texts.items():
         _write_text(Path(directory) / name, text)
-    return [Path(directory) / name for name in texts]
+    picture = Path(directory) / "pareto_plot.png"
+    finals = [
+        material.runs[e["directory"]] for e in material.summary.get("finals", ()) if e["directory"] in material.runs
+    ]
+    pareto_plot(finals, "report", picture)
+    return [*(Path(directory) / name for name in texts), picture]
 
 
 def print_comparison(directory: str | Path, console: Any = None) -> None:
