@@ -99,5 +99,6 @@ def test_exports_lie_beside_the_summary(fake, tmp_path):
         "tables.tex",
         "paper.tex",
         "EXPERIMENT_CARD.txt",
+        "pareto_plot.png",
     ]
     assert all(path.stat().st_size > 100 for path in written)
