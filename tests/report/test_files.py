@@ -179,7 +179,7 @@ def test_a_comparison_in_which_nothing_finished_still_has_a_report(fake, tmp_pat
     assert "diverged" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"kind": "study"}'])
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"kind": "study"}', '{"kind": "comparison"}'])
 def test_a_folder_without_a_readable_summary_is_one_line(tmp_path, content):
     if content is not None:
         (tmp_path / "comparison_summary.json").write_text(content)

@@ -51,6 +51,11 @@ def read_summary(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is damaged ({error}); run the comparison again, finished runs are kept") from None
     if not isinstance(summary, dict) or summary.get("kind") != "comparison":
         raise InputError(f"{path} is not the summary of a comparison")
+    missing = [
+        key for key in ("question", "optimizers", "budget", "trials", "finals", "verdicts") if key not in summary
+    ]
+    if missing:
+        raise InputError(f"{path} lacks {', '.join(missing)}; run the comparison again, finished runs are kept")
     return summary
 
 
