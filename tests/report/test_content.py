@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from muonlab.report import html, interactive, series, style
+from muonlab.report import content, html, interactive, series, style
 from muonlab.report.differences import differing, flat, routing_rules
 from muonlab.report.reading import Material, read_comparison
 from muonlab.report.threats import threats
@@ -77,14 +77,14 @@ def test_values_are_written_as_readers_expect(text, expected):
 
 def test_the_strip_places_zero_interval_and_seeds_on_one_scale():
     verdict = {"differences": [-0.06, -0.04], "interval": [-0.1, 0.0], "mean": -0.05, "seeds": [1, 2]}
-    (strip,) = html.strips([verdict])
+    (strip,) = content.strips([verdict])
     left, width = strip["bar"]
     assert left + width == pytest.approx(strip["zero"], abs=0.01)
     assert strip["mean"] == pytest.approx((strip["dots"][0]["at"] + strip["dots"][1]["at"]) / 2, abs=0.01)
     assert 0 < left < strip["zero"] < 100
     assert "seed 1" in strip["dots"][0]["title"]
-    assert html.strips([{"differences": [], "interval": [None, None], "mean": None}]) == [None]
-    one_seed = html.strips([{"differences": [-0.05], "interval": [None, None], "mean": -0.05}])[0]
+    assert content.strips([{"differences": [], "interval": [None, None], "mean": None}]) == [None]
+    one_seed = content.strips([{"differences": [-0.05], "interval": [None, None], "mean": -0.05}])[0]
     assert one_seed["bar"] is None
 
 
@@ -94,17 +94,19 @@ def test_an_open_verdict_says_what_to_do_next():
         "confidence": 0.95, "p_value": 0.8, "verdict": "not distinguishable", "detectable_effect": 0.07, "seeds_needed": 40,
     }  # fmt: skip
     summary = {"optimizers": ["muon", "adamw"], "verdicts": [verdict]}
-    (answer,) = html.answers(summary)
+    (answer,) = content.answers(summary)
     assert answer["headline"] == "muon and adamw cannot be told apart here."
     assert "about 40 seeds" in answer["next"]
     assert any("0.0700" in fact for fact in answer["facts"])
     assert (
-        "too small to matter" in html.answers({**summary, "verdicts": [{**verdict, "seeds_needed": None}]})[0]["next"]
+        "too small to matter"
+        in content.answers({**summary, "verdicts": [{**verdict, "seeds_needed": None}]})[0]["next"]
     )
     assert (
-        "at least three seeds" in html.answers({**summary, "verdicts": [{**verdict, "differences": [0.1]}]})[0]["next"]
+        "at least three seeds"
+        in content.answers({**summary, "verdicts": [{**verdict, "differences": [0.1]}]})[0]["next"]
     )
-    nothing = html.answers({**summary, "verdicts": [], "gate": {"passed": False}})
+    nothing = content.answers({**summary, "verdicts": [], "gate": {"passed": False}})
     assert nothing[0]["headline"] == "No verdict."
 
 
@@ -129,34 +131,36 @@ def test_the_good_range_is_read_from_trials_that_differ_in_the_learning_rate_alo
 
 def test_the_sweep_in_numbers_finds_the_known_optimum(fake, tmp_path):
     summary = fake.fake_comparison(tmp_path, sobol=2)
-    found = html.learning_rates(
+    found = content.learning_rates(
         summary, "adamw"
     )  # the generator's loss is a parabola in log lr around 0.003, plus noise
     assert found["tried"] == pytest.approx([0.003 / 10**0.5, 0.003, 0.003 * 10**0.5])
     assert found["optimum"].lr == pytest.approx(0.003, rel=0.1)
     assert found["optimum"].curvature == pytest.approx(0.06, rel=0.2)
-    assert html.learning_rates({**summary, "trials": []}, "adamw") is None
+    assert content.learning_rates({**summary, "trials": []}, "adamw") is None
 
 
 def test_efficiency_is_the_gain_over_counting_words_per_cost(comparison):
     material = read_comparison(comparison)
-    found = html.efficiency(material, "muon")
+    found = content.efficiency(material, "muon")
     mean = sum(f["report_cross_entropy"] for f in material.summary["finals"][:3]) / 3
     assert found["gain"] == pytest.approx(6.31 - mean)
     assert found["per_minute"] == pytest.approx(found["gain"] / 13.1 * 60)
     assert found["per_gigabyte"] == pytest.approx(found["gain"] / 0.412)
-    assert html.efficiency(changed(comparison, gate={"unigram_entropy": 3.0, "passed": False}), "muon") is None
+    assert content.efficiency(changed(comparison, gate={"unigram_entropy": 3.0, "passed": False}), "muon") is None
 
 
 def test_the_answer_says_how_soon_the_other_was_caught_up_with(comparison):
     summary = read_comparison(comparison).summary
-    (answer,) = html.answers(summary)
+    (answer,) = content.answers(summary)
     assert (
         "muon reached adamw’s final loss after 71 of 100 updates and 7.9 s of training, where adamw took 13.1 s."
         in answer["facts"]
     )
     summary["to_target"][0] |= {"updates": None, "seconds": None, "reached": "1 of 3"}
-    assert "muon did not reach adamw’s final loss in 100 updates (1 of 3 seeds)." in html.answers(summary)[0]["facts"]
+    assert (
+        "muon did not reach adamw’s final loss in 100 updates (1 of 3 seeds)." in content.answers(summary)[0]["facts"]
+    )
 
 
 def test_several_verdicts_carry_holm_values():
@@ -168,7 +172,7 @@ def test_several_verdicts_carry_holm_values():
         "verdict": "not distinguishable",
     }
     verdicts = [{**base, "candidate": c, "reference": "adamw", "p_value": p} for c, p in (("a", 0.01), ("b", 0.04))]
-    answers = html.answers({"optimizers": ["a", "b", "adamw"], "verdicts": verdicts})
+    answers = content.answers({"optimizers": ["a", "b", "adamw"], "verdicts": verdicts})
     assert [answer["holm"] for answer in answers] == pytest.approx([0.02, 0.04])
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from muonlab.report import html, series, style
+from muonlab.report import content, series, style
 from muonlab.report.differences import flat
 from muonlab.report.reading import Material
 from muonlab.report.stability import recommendations
@@ -72,7 +72,7 @@ def curves_csv(material: Material) -> str:
 def comparison_tex(material: Material) -> str:
     """Two booktabs tables, to be read with \\input: the optimizers at a glance, and the verdicts."""
     summary = material.summary
-    rows = [html.overview(material, name) for name in summary["optimizers"]]
+    rows = [content.overview(material, name) for name in summary["optimizers"]]
     glance = _tabular(
         ["optimizer", "loss (nats/token)", "bits/byte", "training (s)", "good range (octaves)"],
         [
@@ -119,14 +119,14 @@ def comparison_tex(material: Material) -> str:
 def paper_tex(material: Material) -> str:
     """paper.tex: a short article around the tables and the figure that lie beside it."""
     summary = material.summary
-    answer = " ".join(" ".join([a["headline"], *a["facts"]]) for a in html.answers(summary))
+    answer = " ".join(" ".join([a["headline"], *a["facts"]]) for a in content.answers(summary))
     sections = {
         "Result": f"{tex(answer)}\n\n\\input{{tables}}\n\n"
         "\\begin{figure}\n\\centering\n\\includegraphics[width=\\linewidth]{comparison_plot}\n"
         f"\\caption{{(a) Final runs: mean and range over seeds. (b) Tuning trials; bars: within {series.DELTA} nats of the best. "
         "(c) Paired differences by seed with their interval.}\n\\end{figure}",
-        "Protocol": _description(html.protocol(material)),
-        "Setting": _description(html.setting(material)),
+        "Protocol": _description(content.protocol(material)),
+        "Setting": _description(content.setting(material)),
         "Threats to validity": _description([(threat.title, threat.text) for threat in threats(material)]),
         "Reproduction": f"\\begin{{quote}}\\ttfamily {tex(summary.get('command') or 'not recorded')}\\end{{quote}}",
     }
@@ -142,11 +142,11 @@ def experiment_card(material: Material) -> str:
     """EXPERIMENT_CARD.txt: the whole comparison on one page of plain text."""
     summary = material.summary
     lines = [summary["question"], "=" * min(100, len(summary["question"])), ""]
-    for answer in html.answers(summary):
+    for answer in content.answers(summary):
         lines += [answer["headline"], *(f"  {fact}" for fact in answer["facts"])]
         lines += [f"  Next: {answer['next']}"] if answer["next"] else []
     lines += ["", "OPTIMIZERS"]
-    for row in (html.overview(material, name) for name in summary["optimizers"]):
+    for row in (content.overview(material, name) for name in summary["optimizers"]):
         spread = f" ± {style.loss(row['spread'])}" if math.isfinite(row["spread"]) else ""
         width = f"{'≥ ' if row['open'] else ''}{row['range'].octaves:.1f} octaves" if row["range"] else "–"
         lines.append(
@@ -156,8 +156,8 @@ def experiment_card(material: Material) -> str:
             f"    chosen {style.values_text(row['chosen']) or '–'}; good range of lr {width}; training {style.duration(row['seconds'])} per run"
         )
     lines += ["", "WHAT TO TAKE", *(f"  {r.kind}: {r.text}: {r.reason}" for r in recommendations(summary))]
-    lines += ["", "PROTOCOL", *(f"  {term}: {text}" for term, text in html.protocol(material))]
-    lines += ["", "SETTING", *(f"  {term}: {text}" for term, text in html.setting(material))]
+    lines += ["", "PROTOCOL", *(f"  {term}: {text}" for term, text in content.protocol(material))]
+    lines += ["", "SETTING", *(f"  {term}: {text}" for term, text in content.setting(material))]
     lines += [
         "",
         "THREATS TO VALIDITY",
