@@ -164,3 +164,16 @@ def test_compiled_primitives_keep_their_gradients() -> None:
     compiled = torch.autograd.grad(torch.compile(f, backend="aot_eager", fullgraph=True)(h, weight), [h, weight])
     for a, b in zip(compiled, exact):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk_bytes", [8 * V * 7, 8 * V * N])
+def test_vmap_refuses_the_head_rather_than_drop_its_backward(chunk_bytes: int) -> None:
+    h, weight, targets = problem()
+    stacked = h.detach().expand(3, N, D).clone().requires_grad_()
+
+    def f(stacked: torch.Tensor) -> torch.Tensor:
+        return torch.vmap(lambda h: head_stats(h, weight, targets, chunk_bytes).lse.sum())(stacked).sum()
+
+    for call in (f, torch.compile(f, backend="aot_eager", fullgraph=True)):
+        with pytest.raises(RuntimeError):
+            call(stacked)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from muonlab.errors import InputError
 from muonlab.models import ModelOptions, Transformer, head_stats
+from muonlab.models.ops import rms_norm
 from muonlab.models.transformer import rotary_tables, rotate
 
 SMALL = ModelOptions(vocab_size=61, seq_len=24, d_model=32, n_layers=2, n_heads=4, d_ff=48, init_std=0.2)
@@ -132,6 +133,13 @@ def test_dropout_and_noise_act_in_training_only(changes: dict) -> None:
     assert torch.equal(first, model(x).hidden)
 
 
+def test_the_default_spread_is_torchs_own_for_the_width() -> None:
+    assert ModelOptions(d_model=768, n_heads=6).initial_std == pytest.approx(0.0208, abs=1e-4)
+    assert ModelOptions(d_model=768, n_heads=6, init_std=0.02).initial_std == 0.02
+    linear = torch.nn.Linear(768, 768)
+    assert ModelOptions(d_model=768, n_heads=6).initial_std == pytest.approx(linear.weight.std().item(), rel=0.01)
+
+
 def test_initial_matrices_have_the_asked_spread_and_residual_outputs_less() -> None:
     torch.manual_seed(0)
     model = Transformer(
@@ -166,13 +174,13 @@ def test_parameters_can_be_drawn_anew_in_place() -> None:
 
 
 def test_the_norm_is_the_formula_and_so_is_its_gradient() -> None:
-    from muonlab.models.ops import rms_norm
-
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 5, 16, dtype=torch.float64, generator=generator, requires_grad=True)
     weight = torch.randn(16, dtype=torch.float64, generator=generator, requires_grad=True)
     torch.testing.assert_close(rms_norm(x, weight, 1e-3), F.rms_norm(x, (16,), weight, 1e-3), rtol=1e-13, atol=0)
+    torch.testing.assert_close(rms_norm(x, None, 1e-3), F.rms_norm(x, (16,), None, 1e-3), rtol=1e-13, atol=0)
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-3), (x, weight))
+    assert torch.autograd.gradcheck(lambda x: rms_norm(x, None, 1e-3), (x,))
 
 
 def test_autocast_keeps_the_residual_stream_in_fp32() -> None:

@@ -41,11 +41,13 @@ def head_stats(h: Tensor, weight: Tensor, targets: Tensor, chunk_bytes: int = 32
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last axis (Zhang & Sennrich, arXiv 1910.07467).
 
-    On CPU torch has no fused kernel for it, and its derived backward makes twice the passes of the formula.
+    On CPU torch has no fused kernel for it, and its derived backward makes twice the passes of the formula. A compiler
+    fuses the derived form as well, and torch 2.11 was seen to compile a custom one into wrong gradients, without a word.
     """
-    if x.device.type != "cpu" or weight is None or not weight.dtype == x.dtype == at_least_fp32(x).dtype:
+    low = x.dtype not in (torch.float32, torch.float64) or (weight is not None and weight.dtype != x.dtype)
+    if low or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.rms_norm(x, x.shape[-1:], weight, eps)
-    y: Tensor = _RMSNorm.apply(x, weight, eps)[0]  # type: ignore[no-untyped-call]
+    y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -67,9 +69,9 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         weight: [E, out, in].
         ends: [E] int32, non-decreasing; the last is n.
 
-    One grouped matmul where torch has it for the dtype and alignment. Otherwise (fp64, odd widths, full precision on a
-    GPU, where torch's own fallback asks the device for the group sizes) every expert sees every row, with the rows of
-    others set to zero: E times the work, exact, and as free of host synchronisation.
+    One grouped matmul where torch has it for the dtype and alignment. Otherwise (fp64, odd widths, all but bf16 on a GPU,
+    where torch's own fallback asks the device for the group sizes) every expert sees every row, with the rows of others
+    set to zero: E times the work, exact, and as free of host synchronisation.
     """
     dtype = autocast_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
@@ -98,7 +100,7 @@ def without_autocast(x: Tensor) -> torch.autocast:
 
 
 def _has_grouped_mm(x: Tensor, weight: Tensor) -> bool:
-    if x.dtype == torch.float64 or (x.is_cuda and x.dtype == torch.float32):
+    if x.dtype == torch.float64 or (x.is_cuda and x.dtype != torch.bfloat16):
         return False
     return all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
 
@@ -181,28 +183,33 @@ def _chunks(n: int, vocab: int, dtype: torch.dtype, chunk_bytes: int) -> list[sl
 
 
 class _RMSNorm(torch.autograd.Function):
-    """(y, 1 / rms)."""
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        y = x * _inverse_rms(x, eps)
+        return y if weight is None else y.mul_(weight)
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]  # [..., 1]
-        return (x * scale).mul_(weight), scale
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, ctx.eps = inputs
+        ctx.save_for_backward(x, weight)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(inputs[0], inputs[1], output[1])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        scale = _inverse_rms(x, ctx.eps)
         normal = x * scale
-        product = grads[0] * normal
-        along = (product @ weight)[..., None] / x.shape[
-            -1
-        ]  # the part of the gradient that would only change the length
-        grad_x = (grads[0] * weight).sub_(normal.mul_(along)).mul_(scale)
-        return grad_x, product.flatten(0, -2).sum(0), None
+        # `along` is the part of the gradient that would only change the length of x
+        if weight is None:
+            along = torch.linalg.vecdot(grad, normal).div_(x.shape[-1]).unsqueeze(-1)
+            return (grad - normal.mul_(along)).mul_(scale), None, None
+        product = grad * normal
+        along = (product @ weight).div_(x.shape[-1]).unsqueeze(-1)
+        return (grad * weight).sub_(normal.mul_(along)).mul_(scale), product.flatten(0, -2).sum(0), None
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    mean_square: Tensor = torch.linalg.vecdot(x, x) / x.shape[-1]
+    return (mean_square + eps).rsqrt().unsqueeze(-1)  # [..., 1]
 
 
 class _GatherRows(torch.autograd.Function):

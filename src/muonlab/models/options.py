@@ -1,5 +1,6 @@
 """What a model is: every choice that fixes its parameters and its forward pass, checked when it is made."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -59,8 +60,8 @@ class ModelOptions:
     """Base of the rotary frequencies."""
     norm_eps: float = 1e-6
     """Added to the mean square inside every RMSNorm."""
-    init_std: float = 0.02
-    """Standard deviation of every initial matrix."""
+    init_std: float | None = None
+    """Standard deviation of every initial matrix; none: 1 / sqrt(3 d_model), which at a width of 833 is the usual 0.02."""
     depth_init: bool = True
     """Divide the initial output projections of both residual branches by sqrt(2 n_layers)."""
 
@@ -88,8 +89,9 @@ class ModelOptions:
                 1 <= self.top_k <= self.n_experts,
                 f"top_k {self.top_k} must lie between 1 and n_experts {self.n_experts}",
             )
-        for name in ("load_balancing", "router_z_loss", "router_noise", "init_std"):
+        for name in ("load_balancing", "router_z_loss", "router_noise"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        _require(self.initial_std >= 0, f"init_std must not be negative, got {self.init_std}")
         for name in ("rope_base", "norm_eps"):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
 
@@ -102,6 +104,11 @@ class ModelOptions:
     def kv_heads(self) -> int:
         """Key and value heads, resolved."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def initial_std(self) -> float:
+        """Standard deviation of every initial matrix, resolved."""
+        return 1 / math.sqrt(3 * self.d_model) if self.init_std is None else self.init_std
 
     @property
     def gated(self) -> bool:

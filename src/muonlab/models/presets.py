@@ -19,6 +19,7 @@ _EXPERTS = ModelOptions(
     top_k=2,
     load_balancing=0.01,
     router_noise=0.1,
+    init_std=0.02,
     depth_init=False,
 )
 
@@ -48,6 +49,7 @@ MODELS: dict[str, ModelOptions] = {
         fused_qkv=True,
         embedding_scale=True,
         dropout=0.1,
+        init_std=0.02,
         depth_init=False,
     ),
     # 79,059,840 parameters, 36,592,512 of them active: "exp9", Muon against Adam
@@ -65,6 +67,7 @@ MODELS: dict[str, ModelOptions] = {
         activation="swiglu",
         qkv_bias=True,
         rope_base=1_000_000.0,
+        init_std=0.02,
         depth_init=False,
     ),
     # 162,220,800 parameters, 123,587,328 without the embedding. The sizes of modded-nanogpt's simple trainer: an untied head

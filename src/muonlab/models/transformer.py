@@ -87,12 +87,12 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, in place: matrices N(0, init_std²), vectors 1, biases 0.
+        """Draw all parameters anew, in place: matrices N(0, initial_std²), vectors 1, biases 0.
 
         The output projections of both residual branches start sqrt(2 n_layers) smaller with `depth_init` (GPT-2), so that
         the residual stream's variance does not grow with depth. The rotary tables are filled too.
         """
-        std = self.options.init_std
+        std = self.options.initial_std
         residual_std = std / math.sqrt(2 * self.options.n_layers) if self.options.depth_init else std
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):

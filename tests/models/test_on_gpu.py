@@ -1,0 +1,107 @@
+"""What only a GPU can show: the half-precision paths, and that no forward or backward pass waits for the device."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from muonlab.models import ModelOptions, Transformer, head_stats
+from muonlab.models.ops import grouped_linear
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+DENSE = ModelOptions(vocab_size=512, seq_len=64, d_model=128, n_layers=2, n_heads=4, d_ff=256, qk_norm=True)
+EXPERTS = dataclasses.replace(
+    DENSE, n_experts=4, activation="swiglu", router_noise=0.1, router_z_loss=1e-3, dropout=0.1
+)
+
+
+def loss(model: Transformer, tokens: torch.Tensor, chunk_bytes: int = 2**25) -> torch.Tensor:
+    output = model(tokens)
+    stats = head_stats(output.hidden.flatten(0, 1), model.head_weight, tokens.roll(-1, 1).flatten(), chunk_bytes)
+    return (stats.lse - stats.target_logit).mean() + 1e-3 * stats.mean_logit.mean() + output.auxiliary_loss
+
+
+@pytest.mark.parametrize("options", [DENSE, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_an_update_never_waits_for_the_device(options: ModelOptions, dtype: torch.dtype | None) -> None:
+    torch.manual_seed(0)
+    model = Transformer(options).cuda()
+    tokens = torch.randint(512, (4, 64), device="cuda")
+    for attempt in range(2):
+        torch.cuda.set_sync_debug_mode("error" if attempt else "default")
+        try:
+            with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
+                value = loss(model, tokens)
+            value.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("chunk_bytes", [2**25, 4 * 512 * 50])
+def test_low_precision_heads_have_nearly_exact_gradients(chunk_bytes: int) -> None:
+    torch.manual_seed(0)
+    h = torch.randn(256, 128, device="cuda", requires_grad=True)
+    weight = (0.1 * torch.randn(512, 128, device="cuda")).requires_grad_()
+    targets = torch.randint(512, (256,), device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        stats = head_stats(h, weight, targets, chunk_bytes)
+    assert stats.lse.dtype == torch.float32
+    ours = torch.autograd.grad((stats.lse - stats.target_logit).mean(), [h, weight])
+    exact = torch.autograd.grad(F.cross_entropy(F.linear(h.double(), weight.double()), targets), [h, weight])
+    for a, b in zip(ours, exact):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() < 0.02 * b.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_grouped_linears_agree_with_fp64(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(40, 32, device="cuda", dtype=dtype, requires_grad=True)
+    weight = torch.randn(4, 48, 32, device="cuda", dtype=dtype, requires_grad=True)
+    ends = torch.tensor([3, 3, 30, 40], dtype=torch.int32, device="cuda")
+    upstream = torch.randn(40, 48, device="cuda", dtype=dtype)
+    grads = torch.autograd.grad(grouped_linear(x, weight, ends), [x, weight], upstream)
+    wide = [x.double(), weight.double()]
+    exact = torch.autograd.grad(grouped_linear(*wide, ends), wide, upstream.double())
+    for a, b in zip(grads, exact):
+        assert (a - b).norm() < {torch.float64: 1e-12, torch.float32: 2e-3}.get(dtype, 2e-2) * b.norm()
+
+
+@pytest.mark.parametrize("options", [DENSE, dataclasses.replace(EXPERTS, router_noise=0.0, dropout=0.0)])
+def test_a_gpu_and_a_cpu_agree_in_full_precision(options: ModelOptions) -> None:
+    torch.manual_seed(0)
+    model = Transformer(options)
+    tokens = torch.randint(512, (4, 64))
+    exact = torch.autograd.grad(loss(model.double(), tokens), list(model.parameters()))
+    model = model.float().cuda()
+    ours = torch.autograd.grad(loss(model, tokens.cuda()), list(model.parameters()))
+    for a, b in zip(ours, exact):
+        assert (a.cpu() - b).norm() < 1e-2 * b.norm() + 1e-7
+
+
+@pytest.mark.parametrize("options", [DENSE, EXPERTS], ids=["dense", "experts"])
+def test_forward_and_backward_can_be_captured(options: ModelOptions) -> None:
+    torch.manual_seed(0)
+    model = Transformer(dataclasses.replace(options, router_noise=0.0, dropout=0.0)).cuda()
+    tokens = torch.randint(512, (4, 64), device="cuda")
+    parameters = list(model.parameters())
+
+    def update() -> tuple[torch.Tensor, ...]:
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            return torch.autograd.grad(loss(model, tokens), parameters)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        eager = update()
+        update()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = update()
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(captured, eager):
+        assert (a - b).norm() <= 1e-2 * b.norm()
