@@ -8,7 +8,7 @@ from typing import Any
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5B4B8A", "#6B6B6B")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 PLOTLY_MARKERS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star")
-KNOWN = {"muon": 0, "adamw": 1, "lion": 2, "sophia": 3, "sophia-g": 3, "sophia_g": 3, "sgd": 5, "adam": 4}
+KNOWN = {"muon": 0, "adamw": 1, "lion": 2, "sophia": 3, "adam": 4, "sgd": 5}
 
 INK, MUTED, RULE = "#1c1e21", "#5f6368", "#d7dade"
 VALUE_NAMES = {"auxiliary": "embedding and head lr ×", "weight_decay": "weight decay"}
