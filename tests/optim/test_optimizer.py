@@ -372,6 +372,27 @@ def test_the_compiled_step_equals_the_eager_one():
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"idle": "fade", "normuon_beta": 0.9, "equilibrate_rows": True, "renormalize": True},
+        {"skip_nonfinite": True, "cautious_decay": True, "block_size": 20, "heavy_ball": True},
+        {"coefficients": "aol4", "momentum_dtype": "bfloat16", "fallback": "lion"},
+        {"method": "gram", "lr": torch.tensor(0.1)},
+    ],
+)
+def test_a_step_never_asks_a_device_for_a_value(options):
+    """Tensors without data cannot be asked: any host sync in the step would raise here."""
+    with torch.device("meta"):
+        model = small_model()
+    optimizer = Muon(model, **options)
+    for _ in range(2):
+        for param in model.parameters():
+            param.grad = torch.empty_like(param)
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda: Muon([]), "empty list"),

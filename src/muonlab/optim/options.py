@@ -38,6 +38,8 @@ class Override:
     """Rows (or columns, see `axis`) of an attention head: each head is a matrix of its own, after `split`."""
     axis: Literal[0, 1] = 0
     """0: split and head_dim count outputs (rows), as for query, key and value; 1: inputs, as for the output projection."""
+    view: tuple[tuple[str | int | tuple[int, ...], ...], ...] = ()
+    """Further operations of `views.OPERATIONS`, after split and heads."""
     block_size: int | None = None
     """Its own tile size; 0 for whole matrices."""
 

@@ -53,7 +53,9 @@ def build_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.
     raise InputError(f"no optimizer is registered for options of type {type(options).__name__}")
 
 
-def _hybrid(hidden_rule: str) -> Build:
+def hybrid(hidden_rule: str) -> Build:
+    """How to build an optimizer that updates hidden matrices by `hidden_rule`, all else by it too or by `options.fallback`."""
+
     def build(model: nn.Module, options: OptimizerOptions) -> torch.optim.Optimizer:
         return HybridOptimizer(model, options, hidden_rule, getattr(options, "fallback", hidden_rule))
 
@@ -83,21 +85,21 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         OptimizerEntry(
             name="muon",
             options=MuonOptions,
-            build=_hybrid("muon"),
+            build=hybrid("muon"),
             lr_center=1e-2,
             summary="orthogonalised momentum for hidden matrices, AdamW for the rest",
         ),
         OptimizerEntry(
             name="adamw",
             options=AdamWOptions,
-            build=_hybrid("adamw"),
+            build=hybrid("adamw"),
             lr_center=2.5e-3,
             summary="adaptive moments with decoupled weight decay",
         ),
         OptimizerEntry(
             name="lion",
             options=LionOptions,
-            build=_hybrid("lion"),
+            build=hybrid("lion"),
             lr_center=1e-3,
             summary="sign of an interpolated momentum",
         ),
@@ -111,7 +113,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         OptimizerEntry(
             name="sgd",
             options=SGDOptions,
-            build=_hybrid("sgd"),
+            build=hybrid("sgd"),
             lr_center=0.3,
             summary="heavy-ball momentum",
         ),

@@ -88,6 +88,7 @@ def overridden(entry: Route, override: Override) -> Route:
         view = (*view, ("split", override.axis, tuple(override.split)))
     if override.head_dim is not None:
         view = (*view, ("heads", override.axis, override.head_dim))
+    view = (*view, *override.view)
     kind = override.kind or entry.kind
     if kind == "hidden" and entry.param.ndim < 2:
         raise InputError(

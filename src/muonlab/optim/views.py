@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muonlab.errors import InputError
+from muonlab.errors import InputError, unknown
 
 View = tuple[tuple[Any, ...], ...]
 
@@ -35,8 +35,10 @@ def matrices(tensor: Tensor, view: View, like: Tensor | None = None) -> list[Ten
     for name, *arguments in view:
         if name in ("conv", "conv_transpose"):
             stacks = [_conv(tensor, like, name == "conv_transpose", *arguments)]
+        elif name not in OPERATIONS:
+            raise unknown("view", name, [*OPERATIONS, "conv", "conv_transpose"])
         else:
-            operation = _OPERATIONS[name]
+            operation = OPERATIONS[name]
             stacks = [result for stack in stacks for result in operation(stack, *arguments)]
     return stacks
 
@@ -106,9 +108,10 @@ def _whole_and_rest(length: int, size: int) -> list[int]:
     return [part for part in (whole, length - whole) if part]
 
 
-_OPERATIONS: dict[str, Callable[..., list[Tensor]]] = {
+OPERATIONS: dict[str, Callable[..., list[Tensor]]] = {
     "transpose": _transpose,
     "split": _split,
     "heads": _heads,
     "tiles": _tiles,
 }
+"""name -> function (stack [..., m, n], *arguments) -> stacks that share its memory."""
