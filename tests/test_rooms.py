@@ -9,14 +9,15 @@ import muonlab
 
 ROOT = Path(muonlab.__file__).parent
 BELOW = {
-    "cli": {"report", "studies", "training", "diagnostics", "models", "data", "optim", "errors"},
-    "report": {"studies", "training", "diagnostics", "models", "data", "optim", "errors"},
-    "studies": {"training", "diagnostics", "models", "data", "optim", "errors"},
-    "training": {"diagnostics", "models", "data", "optim", "errors"},
-    "diagnostics": {"models", "data", "optim", "errors"},
+    "cli": {"report", "studies", "training", "diagnostics", "models", "data", "optim", "errors", "files"},
+    "report": {"studies", "training", "diagnostics", "models", "data", "optim", "errors", "files"},
+    "studies": {"training", "diagnostics", "models", "data", "optim", "errors", "files"},
+    "training": {"diagnostics", "models", "data", "optim", "errors", "files"},
+    "diagnostics": {"models", "data", "optim", "errors", "files"},
     "models": {"errors"},
-    "data": {"errors"},
+    "data": {"errors", "files"},
     "optim": {"errors"},
+    "files": set(),
     "errors": set(),
 }
 

@@ -6,11 +6,9 @@ downloads/   archives as fetched        corpora/   cleaned text        datasets/
 import errno
 import os
 import sys
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
 
 from muonlab.errors import InputError
 
@@ -52,15 +50,3 @@ def write_errors() -> Iterator[None]:
         raise InputError(
             f"cannot write the data cache {cache_home()}: {reason}; free some space or set MUONLAB_HOME to another folder"
         ) from error
-
-
-@contextmanager
-def replacing(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """A file that appears under its name only when it is complete."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

