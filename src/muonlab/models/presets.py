@@ -25,7 +25,6 @@ _EXPERTS = ModelOptions(
 
 MODELS: dict[str, ModelOptions] = {
     # vocab_size 0: the tokenizer's
-    # init_std: 0.02 is meant for widths near 1,000; at 128 it leaves AdamW on the unigram plateau for 100 updates
     "micro": ModelOptions(
         seq_len=256,
         d_model=128,
@@ -35,7 +34,6 @@ MODELS: dict[str, ModelOptions] = {
         activation="relu2",
         qk_norm=True,
         tied_head=False,
-        init_std=0.06,
     ),
     # 6,685,312 parameters: Muon ablation over learning rate, momentum and Newton-Schulz steps
     "dense-128": ModelOptions(

@@ -1,0 +1,59 @@
+"""The captured update on a CUDA device: the same arithmetic as eager, the schedule followed exactly."""
+
+import pytest
+import torch
+from runs import tiny
+
+from muonlab.training.loop import run
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+MODELS = {
+    "dense": {},
+    "mixture": {"n_experts": 4, "top_k": 2},
+    "random": {"n_experts": 4, "top_k": 2, "dropout": 0.1, "router_noise": 0.1},
+}
+
+
+def trained(tmp_path, program, model="dense", **training):
+    options = {"device": "cuda", "precision": "fp32", "program": program, "updates": 24, "eval_every": 12, **training}
+    config = tiny(
+        name=program, model=MODELS[model], training=options, schedule={"kind": "cosine", "momentum_warmup": 10}
+    )
+    return config, run(config, directory=tmp_path / f"{program}-{model}")
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("model", ["dense", "mixture"])
+def test_the_captured_update_gives_the_losses_of_the_eager_one(model, accumulation, tmp_path):
+    _, eager = trained(tmp_path, "eager", model, accumulation=accumulation)
+    _, graph = trained(tmp_path, "graph", model, accumulation=accumulation)
+    assert graph["program"] == "graph", graph["program_notice"]
+    losses = [[row["loss"] for row in metrics["history"]["train"]] for metrics in (eager, graph)]
+    assert losses[0][:6] == pytest.approx(losses[1][:6], rel=1e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)  # fp16 iterations and routing amplify rounding
+
+
+def test_a_replay_follows_the_scheduled_learning_rate_exactly(tmp_path):
+    config, metrics = trained(tmp_path, "graph")
+    drawn = [config.optimizer.lr * config.schedule.factor(update, 24) for update in range(24)]
+    assert [row["lr"]["hidden"] for row in metrics["history"]["train"]] == pytest.approx(drawn, rel=1e-6)
+
+
+def test_dropout_and_router_noise_differ_between_updates_and_repeat_between_runs(tmp_path):
+    _, first = trained(tmp_path / "a", "graph", "random")
+    _, second = trained(tmp_path / "b", "graph", "random")
+    losses = [[row["loss"] for row in metrics["history"]["train"]] for metrics in (first, second)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert losses[0][:4] == pytest.approx(losses[1][:4], rel=1e-5)
+    _, without = trained(tmp_path / "c", "graph", "mixture")
+    assert abs(without["history"]["train"][3]["loss"] - losses[0][3]) > 1e-4
+
+
+def test_auto_is_the_graph_on_cuda(tmp_path):
+    _, metrics = trained(tmp_path, "auto", precision="bf16")
+    assert metrics["program"] == "graph"
+    assert metrics["seconds"]["compilation"] > 0
