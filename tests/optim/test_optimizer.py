@@ -82,6 +82,18 @@ def test_saving_and_loading_in_mid_run_equals_the_uninterrupted_run(options, dty
     assert same(whole, second)
 
 
+def test_a_state_saved_before_an_option_existed_is_loaded_with_the_option_as_it_is_now():
+    model = small_model()
+    optimizer = Muon(model, idle="fade")
+    run(model, optimizer, 1)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        group.pop("idle", None)
+    optimizer.load_state_dict(saved)
+    assert {group["idle"] for group in optimizer.param_groups if group["rule"] == "muon"} == {"fade"}
+    run(model, optimizer, 1)
+
+
 def test_state_survives_safetensors(tmp_path):
     model = small_model()
     optimizer = Muon(model)
@@ -299,7 +311,7 @@ def test_skip_nonfinite_leaves_everything_as_it_was_and_off_lets_nan_through():
 def test_every_floating_dtype_of_parameters_is_updated_as_well_as_it_can_be_stored(dtype):
     exact, rounded = small_model().double(), small_model().to(dtype)
     exact.load_state_dict(rounded.state_dict())
-    a, b = Muon(exact, lr=0.05, dtype="float32"), Muon(rounded, lr=0.05, dtype="float32")
+    a, b = (Muon(module, lr=0.05, dtype="float32", normuon_beta=0.9, cautious_decay=True) for module in (exact, rounded))
     for update in range(5):
         gradients(rounded, update)
         for p, q in zip(exact.parameters(), rounded.parameters()):

@@ -87,14 +87,15 @@ class HybridOptimizer(torch.optim.Optimizer):
         Raises InputError, before anything is changed, for the state of another model.
         """
         self._refuse_foreign(state_dict)
-        live = [{k: v for k, v in group.items() if isinstance(v, Tensor)} for group in self.param_groups]
+        before = list(self.param_groups)
         super().load_state_dict(state_dict)
-        for group, tensors in zip(self.param_groups, live):
-            for name, tensor in tensors.items():
-                if name in group:
-                    value = group[name]
-                    tensor.copy_(value) if isinstance(value, Tensor) else tensor.fill_(value)
-                    group[name] = tensor
+        for group, old in zip(self.param_groups, before):
+            for name, value in old.items():
+                if name not in group:
+                    group[name] = value  # saved by a version that did not have this option
+                elif isinstance(value, Tensor):
+                    value.copy_(group[name]) if isinstance(group[name], Tensor) else value.fill_(group[name])
+                    group[name] = value
         for index, param in zip(_saved_indices(state_dict), self._params()):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):

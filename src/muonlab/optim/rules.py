@@ -97,7 +97,8 @@ def normalized_neurons(update: Tensor, second_moment: Tensor, beta: Number, axis
     """
     update = _widened(update)
     across = -1 if axis == "rows" or update.shape[-2] >= update.shape[-1] else -2
-    second_moment.lerp_(update.square().mean(across, keepdim=True), _weight(1 - beta, second_moment))
+    squares = update.square().mean(across, keepdim=True).to(second_moment.dtype)
+    second_moment.lerp_(squares, _weight(1 - beta, second_moment))
     scaled = update * second_moment.clamp(min=1e-10).rsqrt()
     before: Tensor = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True)
     after: Tensor = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
@@ -168,15 +169,18 @@ def apply_update_(
 
     `step_size` is the learning rate times the scale of the update, `shrink` the learning rate times the weight decay.
     `cautious`: entries that the update pushes away from zero (opposite signs of parameter and update) are not decayed
-    (https://arxiv.org/abs/2510.12402).
+    (https://arxiv.org/abs/2510.12402). A half-precision parameter is computed in fp32 and rounded once.
     """
+    work = _widened(param)
     if cautious:
-        shrink = torch.where(param * update > 0, shrink, 0.0)
+        shrink = torch.where(work * update >= 0, shrink, 0.0)
     if isinstance(shrink, Tensor) or shrink != 0:
-        param.mul_(1 - shrink)
+        work.mul_(1 - shrink)
     if isinstance(step_size, Tensor):
-        return param.sub_(update.to(param.dtype) * step_size)
-    return param.add_(update, alpha=-step_size)
+        work.sub_(update.to(work.dtype) * step_size)
+    else:
+        work.add_(update, alpha=-step_size)
+    return work if work is param else param.copy_(work)
 
 
 @dataclass(frozen=True, kw_only=True)
