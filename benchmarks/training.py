@@ -422,7 +422,7 @@ def check_same_loss(options: ModelOptions, inputs: Tensor, targets: Tensor) -> f
     with autocast(inputs):
         theirs = peer(inputs, targets).item()
         output = model(inputs)
-    stats = head_stats(output.hidden.flatten(0, 1), model.head_weight, targets.flatten())
+        stats = head_stats(output.hidden.flatten(0, 1), model.head_weight, targets.flatten())
     mine = ((stats.lse - stats.target_logit).mean() + output.auxiliary_loss).item()
     if abs(mine - theirs) > (0.02 if inputs.is_cuda else 1e-4):
         raise SystemExit(f"the two models differ: a loss of {mine:.6f} (muonlab) and {theirs:.6f} (plain)")
