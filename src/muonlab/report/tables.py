@@ -1,5 +1,6 @@
 """Tables for the terminal. Names and messages are shown as they are: nothing in them is read as markup."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,14 @@ def finals_table(summary: Mapping[str, Any]) -> Table:
 
 
 def targets_table(summary: Mapping[str, Any]) -> Table:
-    """What each optimizer needed to reach another one's final loss: the median over seeds."""
+    """What each optimizer needed to reach the reference's final loss, and the reference theirs: the median over seeds."""
+    reference = summary["optimizers"][-1]
     table = _table(
         "to the other's final loss (median)", ["optimizer", "target", "updates", "tokens", "seconds", "reached"]
     )
     for entry in summary["to_target"]:
+        if reference not in (entry["optimizer"], entry["target"].removesuffix("'s final loss")):
+            continue
         target = f"{entry['target']}, {style.loss(entry['target_loss'])}"
         cost = [style.count(entry["updates"]), style.count(entry["tokens"]), style.duration(entry["seconds"])]
         _row(table, entry["optimizer"], target, *(text if text != "–" else "never" for text in cost), entry["reached"])
@@ -88,7 +92,7 @@ def runs_table(runs: Sequence[Mapping[str, Any]]) -> Table:
 
 def print_runs(paths: Sequence[Path], console: Console | None = None) -> None:
     """Print the runs in `paths` as a table, unreadable ones below it with their reason."""
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else 200)  # names in a pipe stay in one piece
     if not paths:
         console.print("no runs yet; muonlab train or muonlab compare makes some")
         return
