@@ -92,7 +92,7 @@ def test_bad_input_gets_one_line_and_exit_code_2_and_leaves_nothing_behind(argum
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "empty"), (b"\xff\xfe\x00bad", "UTF-8"), (b"Too short.\n\nStill.\n\nReally.\n", "window")],
+    [(b"", "empty"), (b"\xff\xfe\x00bad", "UTF-8"), (b"Too short.\n\nStill.\n\nReally.\n", "use more documents")],
 )
 def test_a_corpus_file_that_cannot_be_used_is_one_line(content, message, capsys, tmp_path):
     (tmp_path / "corpus.txt").write_bytes(content)
@@ -100,8 +100,18 @@ def test_a_corpus_file_that_cannot_be_used_is_one_line(content, message, capsys,
     arguments[arguments.index("pydoc")] = "corpus.txt"
     code, _, err = call("train", *arguments, capsys=capsys)
     assert code == 2
-    assert message.lower() in err.lower()
-    assert err.count("\n") == 1
+    (complaint,) = [line for line in err.splitlines() if line.startswith("muonlab:")]
+    assert message.lower() in complaint.lower()
+    assert err.rstrip().endswith(complaint)
+
+
+def test_a_corpus_shorter_than_one_window_is_one_line(capsys, tmp_path):
+    arguments = [*TINY]
+    arguments[arguments.index("--seq-len") + 1] = "100000"
+    code, _, err = call("train", *arguments, capsys=capsys)
+    assert code == 2
+    assert "shorter than one window" in err
+    assert not list(tmp_path.glob("runs/*"))
 
 
 def test_ctrl_c_stops_cleanly_with_130_and_the_same_command_goes_on(tmp_path):

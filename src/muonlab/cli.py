@@ -264,12 +264,13 @@ def cmd_train(options: Any) -> int:
 def cmd_compare(options: Any) -> int:
     from rich.console import Console
 
-    from muonlab.report import print_comparison, write_comparison
+    from muonlab.report import print_comparison, write_comparison, write_run
     from muonlab.report.live import StudyProgress, clock
     from muonlab.studies.compare import compare, comparison_directory, make_plan, resolve_plan
     from muonlab.training.config import from_dict, merge
     from muonlab.training.estimate import seconds_per_update
     from muonlab.training.loop import interruptible
+    from muonlab.training.tracking import find_runs
 
     names = options.names or ["muon", "adamw"]
     profile = "quick" if options.quick else "standard"
@@ -301,8 +302,11 @@ def cmd_compare(options: Any) -> int:
     if options.fresh and (directory / "plan.json").exists():
         shutil.rmtree(directory)
     progress = StudyProgress(plan.runs, plan.budget.updates, workers, console, options.quiet)
-    with interruptible(), progress as show:
-        compare(plan, directory, workers=workers, command=" ".join(["muonlab", *sys.argv[1:]]), on_progress=show)
+    command = " ".join(["muonlab", *sys.argv[1:]])
+    with interruptible() as stop, progress as show:
+        compare(plan, directory, workers=workers, command=command, on_progress=show, should_stop=stop.is_set)
+    for path in find_runs(directory):
+        write_run(path)
     written = write_comparison(directory)
     print_comparison(directory, console)
     for path in written:
@@ -511,7 +515,7 @@ def cmd_doctor(options: Any) -> None:
     print(f"threads   {torch.get_num_threads()} of {cores()} cores")
     cached = list(cached_datasets())
     print(f"cache     {cache_home()} ({len(cached)} data sets, {size(sum(entry['size'] for entry in cached))})")
-    extras = {"lab": "tokenizers", "hub": "datasets", "wandb": "wandb", "tensorboard": "tensorboard"}
+    extras = {"lab": "tokenizers", "hub": "datasets"}
     missing = [name for name, module in extras.items() if importlib.util.find_spec(module) is None]
     print(f"extras    missing: {', '.join(missing) or 'none'}")
 

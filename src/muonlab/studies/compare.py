@@ -4,7 +4,7 @@ import hashlib
 import json
 import statistics as plain_statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -147,11 +147,13 @@ def compare(
     command: str = "",
     fallback: bool = False,
     on_progress: OnProgress | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Run a comparison and return its summary, also written to `comparison_summary.json` in `directory`.
 
     Runs lie in `directory/runs`; what is finished there is not run again, so that a stopped comparison goes on where it
-    was. `workers` processes run at a time (0: this one), each with the threads that the base says.
+    was. `workers` processes run at a time (0: this one), each with the threads that the base says. When `should_stop`
+    says so, running jobs stop cleanly and KeyboardInterrupt is raised.
     """
     started = time.perf_counter()
     plan, dataset = resolve_plan(plan, fallback=fallback, progress=False)
@@ -160,7 +162,7 @@ def compare(
     _claim(directory, plan)
     trials: list[dict[str, Any]] = []
     searches = {n: Search(n.split("#")[0], plan.budget.trials, (plan.centers or {}).get(n)) for n in names}
-    with Executor(workers, on_progress) as executor:
+    with Executor(workers, on_progress, should_stop) as executor:
         points: dict[tuple[str, Path], tuple[int, Point]] = {}
 
         def submit(label: str) -> None:

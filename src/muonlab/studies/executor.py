@@ -56,11 +56,14 @@ class Executor:
     """Takes jobs with `submit`, gives their outcomes in the order they end with `results`.
 
     `workers` 0 runs each job in this process when `results` is asked for it; otherwise that many processes run them,
-    with as many threads as each job's configuration says. Close it, or use it as a context manager.
+    with as many threads as each job's configuration says. When `should_stop` says so, running jobs stop cleanly after
+    their current update and `results` raises KeyboardInterrupt. Close it, or use it as a context manager.
     """
 
-    def __init__(self, workers: int = 0, on_progress: OnProgress | None = None) -> None:
-        self.on_progress = on_progress
+    def __init__(
+        self, workers: int = 0, on_progress: OnProgress | None = None, should_stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.on_progress, self.should_stop = on_progress, should_stop
         self.states: list[Progress] = []
         self._waiting: dict[Any, Progress] = {}
         self._inline: list[Progress] = []
@@ -101,6 +104,8 @@ class Executor:
                 continue
             done, _ = concurrent.futures.wait(self._waiting, 0.5, concurrent.futures.FIRST_COMPLETED)
             self._poll()
+            if self.should_stop():
+                raise KeyboardInterrupt
             for future in done:
                 state = self._waiting.pop(future)
                 try:
@@ -120,7 +125,7 @@ class Executor:
                 self._show()
 
         try:
-            return outline(run(state.job.config, directory=state.job.directory, on_event=follow))
+            return outline(run(state.job.config, directory=state.job.directory, on_event=follow, should_stop=self.should_stop))
         except InputError as error:
             return failed(state.job, str(error))
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from muonlab.data import Dataset, batch, prepare
+from muonlab.data.order import window_count
 from muonlab.errors import InputError
 from muonlab.models import Transformer
 from muonlab.optim.registry import build_optimizer
@@ -47,6 +48,8 @@ def resolve(config: RunConfig[Any], *, fallback: bool = False, progress: bool = 
         raise InputError(
             f"model.vocab_size is {config.model.vocab_size} but the tokenizer has {dataset.vocab_size}; use 0 to follow it"
         )
+    for split in ("train", *config.training.eval_splits):
+        window_count(dataset.split(split), config.model.seq_len)  # an InputError now rather than in mid-run
     config = resolve_machine(config)
     vocab_size = config.model.vocab_size or dataset.vocab_size
     return replace(config, model={"vocab_size": vocab_size}, data={"corpus": dataset.corpus}), dataset
