@@ -238,6 +238,11 @@ def test_groups_in_keller_jordans_form_are_understood():
     assert (muon["rule"], muon["lr"], muon["momentum"], muon["weight_decay"]) == ("muon", 0.02, 0.9, 0.0)
 
 
+def test_an_empty_group_among_others_is_no_mistake():
+    optimizer = Muon([{"params": []}, {"params": [matrix(8, 8)]}])
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1]
+
+
 def test_named_parameters_keep_their_names():
     model = small_model()
     rows = Muon(model.named_parameters()).routing().rows
@@ -311,7 +316,9 @@ def test_skip_nonfinite_leaves_everything_as_it_was_and_off_lets_nan_through():
 def test_every_floating_dtype_of_parameters_is_updated_as_well_as_it_can_be_stored(dtype):
     exact, rounded = small_model().double(), small_model().to(dtype)
     exact.load_state_dict(rounded.state_dict())
-    a, b = (Muon(module, lr=0.05, dtype="float32", normuon_beta=0.9, cautious_decay=True) for module in (exact, rounded))
+    a, b = (
+        Muon(module, lr=0.05, dtype="float32", normuon_beta=0.9, cautious_decay=True) for module in (exact, rounded)
+    )
     for update in range(5):
         gradients(rounded, update)
         for p, q in zip(exact.parameters(), rounded.parameters()):
@@ -409,6 +416,7 @@ def test_a_step_never_asks_a_device_for_a_value(options):
     [
         (lambda: Muon([]), "empty list"),
         (lambda: Muon(nn.Identity()), "no parameters"),
+        (lambda: Muon([{"params": []}, {"params": []}]), "no parameters"),
         (lambda: Muon([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))]), "complex"),
         (lambda: Muon([matrix(4, 4)] * 2), "given twice"),
         (lambda: Muon([{"params": [matrix(4, 4)], "momentun": 0.9}]), "did you mean 'momentum'"),

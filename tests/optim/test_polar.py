@@ -93,6 +93,18 @@ def test_orthogonal_changes_of_basis_and_transposition_pass_through(method):
     torch.testing.assert_close(orthogonalize(x[:, order], method=method), o[:, order], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", COEFFICIENTS)
+@pytest.mark.parametrize("method", ["standard", "gram", "svd"])
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (12, 12)])
+def test_zero_padding_changes_nothing_but_rounding(name, method, shape):
+    x = random(2, *shape)
+    padded = torch.nn.functional.pad(x, (0, 7, 0, 7))
+    o = orthogonalize(padded, name, method=method)
+    torch.testing.assert_close(o[:, : shape[0], : shape[1]], orthogonalize(x, name, method=method), rtol=0, atol=1e-9)
+    assert not o[:, shape[0] :].any()
+    assert not o[:, :, shape[1] :].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e-8, 1e8, 1e19, 1e30])
 def test_positive_scale_of_the_input_does_not_matter(dtype, scale):

@@ -232,6 +232,19 @@ def test_an_untied_head_is_found_by_its_shape_whatever_its_name():
     assert kinds(language_model(vocab=32))["body.weight"] == "hidden"  # same shape, but not the last
 
 
+def test_a_wrapped_or_compiled_model_is_routed_as_it_is():
+    plain = [row["rule"] for row in Muon(hugging_face_llama()).routing().rows]
+    wrapped = nn.DataParallel(hugging_face_llama())
+    assert [row["rule"] for row in Muon(wrapped).routing().rows] == plain
+    assert [row["rule"] for row in Muon(torch.compile(hugging_face_llama())).routing().rows] == plain
+
+
+def hugging_face_llama():
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**{**SMALL, "vocab_size": 32, "intermediate_size": 32})
+    )
+
+
 def test_a_tied_weight_is_an_embedding_once():
     routed = kinds(language_model(tied=True))
     assert routed == {"wte.weight": "embedding", "body.weight": "hidden", "body.bias": "vector"}

@@ -56,9 +56,11 @@ def plan(
     for entry in entries:
         routes, given = _given(dict(entry), number)
         number += len(routes)
+        if not routes and len(entries) > 1:
+            continue  # a filter that found nothing is no mistake
         live = given.pop("lr") if isinstance(given.get("lr"), Tensor) else None if "lr" in given else lr
         groups += param_groups(routes, _with(options, given), hidden_rule, rule, live)
-    return groups
+    return groups or param_groups([], options, hidden_rule, rule)
 
 
 def param_groups(

@@ -156,6 +156,8 @@ def _output_embeddings(model: nn.Module) -> set[int]:
     What the model names as such; else, for a transformers model around a base model, the linear layers beside that; else the
     last linear layer with as many outputs as the largest embedding has rows.
     """
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
     named = getattr(model, "get_output_embeddings", None)
     head = named() if callable(named) else None
     if isinstance(head, nn.Module):
