@@ -34,7 +34,9 @@ def test_training_prints_the_run_directory_and_a_command_that_finds_it_again(cap
     code, out, _ = call("train", "--optimizer", "muon", "--lr", "0.02", "--updates", "4", *TINY, capsys=capsys)
     assert code == 0
     directory = Path(next(line for line in out.splitlines() if line.startswith("run: ")).removeprefix("run: "))
-    assert {"config.toml", "metrics.json", "metrics.jsonl", "metrics_plot.png", "model.safetensors"} <= {p.name for p in directory.iterdir()}
+    assert {"config.toml", "metrics.json", "metrics.jsonl", "metrics_plot.png", "model.safetensors"} <= {
+        p.name for p in directory.iterdir()
+    }
     metrics = json.loads((directory / "metrics.json").read_text())
     assert metrics["config"]["optimizer"]["lr"] == 0.02
     assert metrics["updates"] == 4
@@ -46,11 +48,27 @@ def test_training_prints_the_run_directory_and_a_command_that_finds_it_again(cap
 
 
 def test_a_comparison_ends_with_a_verdict_and_its_files(capsys):
-    code, out, _ = call("compare", "muon", "adamw", "--trials", "2", "--seeds", "2", "--updates", "30", "--workers", "0", *TINY, capsys=capsys)
+    code, out, _ = call(
+        "compare",
+        "muon",
+        "adamw",
+        "--trials",
+        "2",
+        "--seeds",
+        "2",
+        "--updates",
+        "30",
+        "--workers",
+        "0",
+        *TINY,
+        capsys=capsys,
+    )
     assert code == 0
     (directory,) = Path("runs").glob("compare-muon-adamw-*")
     summary = json.loads((directory / "comparison_summary.json").read_text())
-    assert {"comparison_summary.json", "comparison_plot.png", "report.html", "plan.json"} <= {p.name for p in directory.iterdir()}
+    assert {"comparison_summary.json", "comparison_plot.png", "report.html", "plan.json"} <= {
+        p.name for p in directory.iterdir()
+    }
     assert summary["verdicts"][0]["verdict"] in ("better", "worse", "not distinguishable")
     assert summary["verdicts"][0]["verdict"] in out
 
@@ -141,8 +159,24 @@ def test_ctrl_c_stops_cleanly_with_130_and_the_same_command_goes_on(tmp_path):
 
 
 def test_ctrl_c_in_a_comparison_stops_its_workers_and_exits_with_130(tmp_path):
-    command = [sys.executable, "-m", "muonlab.cli", "compare", "muon", "adamw", "--updates", "3000", "-o", "cmp", "--workers", "2", *TINY]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = [
+        sys.executable,
+        "-m",
+        "muonlab.cli",
+        "compare",
+        "muon",
+        "adamw",
+        "--updates",
+        "3000",
+        "-o",
+        "cmp",
+        "--workers",
+        "2",
+        *TINY,
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and len(list(tmp_path.glob("cmp/runs/*/metrics.jsonl"))) < 2:
         time.sleep(0.05)

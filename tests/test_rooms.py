@@ -61,9 +61,15 @@ def test_the_check_itself_sees_a_nested_import(tmp_path: Path) -> None:
 def test_importing_muonlab_loads_no_module_beyond_what_torch_loads() -> None:
     def loaded(statement: str) -> set[str]:
         code = f"import sys\n{statement}\nprint('\\n'.join(sys.modules))"
-        return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+        return set(
+            subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+        )
 
-    extra = {name for name in loaded("import torch\nimport muonlab") - loaded("import torch") if not name.startswith("muonlab")}
+    extra = {
+        name
+        for name in loaded("import torch\nimport muonlab") - loaded("import torch")
+        if not name.startswith("muonlab")
+    }
     assert extra == set()
 
 

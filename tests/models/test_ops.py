@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from muonlab.models.ops import gather_rows, grouped_linear, head_stats
+from muonlab.models.ops import gather_rows, grouped_linear, head_sample, head_stats
 
 N, D, V = 30, 12, 41
 
@@ -177,3 +177,15 @@ def test_vmap_refuses_the_head_rather_than_drop_its_backward(chunk_bytes: int) -
     for call in (f, torch.compile(f, backend="aot_eager", fullgraph=True)):
         with pytest.raises(RuntimeError):
             call(stacked)
+
+
+def test_sampled_labels_follow_the_softmax_of_the_logits_whatever_the_chunks() -> None:
+    torch.manual_seed(0)
+    n, vocab = 40_000, 7
+    h = torch.randn(1, 5).expand(n, 5)
+    weight = torch.randn(vocab, 5)
+    expected = torch.softmax(h[0] @ weight.T, -1)
+    for chunk_bytes in (32 << 20, 4 * vocab * 1000):
+        drawn = head_sample(h, weight, chunk_bytes)
+        frequency = torch.bincount(drawn, minlength=vocab) / n
+        assert (frequency - expected).abs().max() < 5 * (0.25 / n) ** 0.5  # five standard errors at most

@@ -28,7 +28,14 @@ def tiny(**changes: Any) -> RunConfig[Any]:
 
 def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
     """Metrics without what differs between two identical runs: clocks, memory, the folder, the command."""
-    kept = {k: v for k, v in metrics.items() if k not in ("seconds", "updates_per_second", "tokens_per_second", "peak_memory_bytes", "directory", "versions")}
-    rows = {kind: [{k: v for k, v in row.items() if k != "seconds"} for row in rows] for kind, rows in kept["history"].items()}
+    kept = {
+        k: v
+        for k, v in metrics.items()
+        if k not in ("seconds", "updates_per_second", "tokens_per_second", "peak_memory_bytes", "directory", "versions")
+    }
+    rows = {
+        kind: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+        for kind, rows in kept["history"].items()
+    }
     final = {split: {k: v for k, v in row.items() if k != "seconds"} for split, row in kept["final"].items()}
     return {**kept, "history": rows, "final": final}

@@ -142,7 +142,11 @@ def test_a_loss_above_the_bound_ends_the_run_as_diverged(tmp_path):
 
 def test_clipping_bounds_the_gradient_that_the_optimizer_sees(tmp_path):
     options = {"name": "sgd", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0}
-    config = tiny(optimizer=options, schedule={"kind": "constant", "warmup": 0.0}, training={"updates": 1, "clip_norm": 1e-3, "eval_every": 1})
+    config = tiny(
+        optimizer=options,
+        schedule={"kind": "constant", "warmup": 0.0},
+        training={"updates": 1, "clip_norm": 1e-3, "eval_every": 1},
+    )
     metrics = run(config, directory=tmp_path / "run")
     row = metrics["history"]["train"][0]
     assert row["grad_norm"] > 1e-2
@@ -164,8 +168,33 @@ def test_the_objective_differs_from_the_reported_loss_as_its_formula_says(loss, 
     assert row["objective"] == pytest.approx(at_uniform(row["loss"]), rel=0.03)
 
 
+def test_sophia_gets_its_curvature_from_the_loop_at_its_own_pace_and_learns(tmp_path):
+    from muonlab.optim.rivals import SophiaG
+
+    estimated = []
+    original = SophiaG.update_curvature
+
+    def counted(self, closure, tokens):
+        original(self, closure, tokens)
+        estimated.append((tokens, max(s["hessian"].max().item() for s in self.state.values())))
+
+    SophiaG.update_curvature = counted
+    try:
+        options = {"name": "sophia", "lr": 3e-3, "curvature_every": 3}
+        training = {"updates": 8, "micro_batch_size": 2, "accumulation": 2}
+        metrics = run(tiny(optimizer=options, training=training), directory=tmp_path / "run")
+    finally:
+        SophiaG.update_curvature = original
+    assert [tokens for tokens, _ in estimated] == [4 * 32] * 3  # updates 0, 3 and 6, all micro-batches
+    assert all(largest > 0 for _, largest in estimated)
+    first, last = metrics["history"]["eval"][0], metrics["final"]["tune"]
+    assert last["cross_entropy"] < first["cross_entropy"] - 0.2
+
+
 def test_metrics_hold_everything_that_determined_the_run(uninterrupted):
-    assert {"config", "routing", "versions", "seed", "data", "history", "program", "device", "threads"} <= set(uninterrupted)
+    assert {"config", "routing", "versions", "seed", "data", "history", "program", "device", "threads"} <= set(
+        uninterrupted
+    )
     assert {"code", "torch", "python", "commit"} <= set(uninterrupted["versions"])
     assert uninterrupted["data"]["checksum"]
     assert sum(math.prod(row["shape"]) for row in uninterrupted["routing"]) == uninterrupted["parameters"]["total"]
@@ -187,10 +216,14 @@ def test_the_run_id_depends_on_everything_but_the_name():
 
 
 def test_a_folder_with_another_run_is_refused_and_left_alone(uninterrupted):
-    before = sorted((p.name, p.stat().st_mtime_ns) for p in Path(uninterrupted["directory"]).iterdir() if p.name != "run.lock")
+    before = sorted(
+        (p.name, p.stat().st_mtime_ns) for p in Path(uninterrupted["directory"]).iterdir() if p.name != "run.lock"
+    )
     with pytest.raises(InputError, match="another run"):
         run(tiny(seed=3), directory=uninterrupted["directory"])
-    after = sorted((p.name, p.stat().st_mtime_ns) for p in Path(uninterrupted["directory"]).iterdir() if p.name != "run.lock")
+    after = sorted(
+        (p.name, p.stat().st_mtime_ns) for p in Path(uninterrupted["directory"]).iterdir() if p.name != "run.lock"
+    )
     assert before == after
 
 
@@ -274,7 +307,9 @@ def test_a_disk_that_fills_up_is_one_line_and_the_run_goes_on_afterwards(tmp_pat
         "try: run(config, directory=sys.argv[2], on_event=limit)\n"
         "except InputError as error: print('one line:', error)\n"
     )
-    result = subprocess.run([sys.executable, script, json.dumps(TINY), tmp_path / "run"], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, script, json.dumps(TINY), tmp_path / "run"], capture_output=True, text=True
+    )
     assert result.stdout.startswith("one line: cannot write"), result.stderr
     assert result.stdout.count("\n") == 1
     assert not list((tmp_path / "run").glob("*.tmp")), "nothing half-written is left"

@@ -38,6 +38,25 @@ def head_stats(h: Tensor, weight: Tensor, targets: Tensor, chunk_bytes: int = 32
     return HeadStats(target_logit, lse, mean_logit, correct)
 
 
+@torch.no_grad()
+def head_sample(h: Tensor, weight: Tensor, chunk_bytes: int = 32 * 2**20) -> Tensor:
+    """Token ids [N] int64 drawn from the model's own distribution softmax(h @ weight.T), by the Gumbel-max trick.
+
+    Arguments as in `head_stats`; logits and their noise together stay below `chunk_bytes`. Draws from torch's global
+    generator.
+    """
+    h = h.to(autocast_dtype(h))
+    low = weight.to(h.dtype)
+    drawn = torch.empty(h.shape[0], dtype=torch.int64, device=h.device)
+    with without_autocast(h):
+        for part in _chunks(h.shape[0], weight.shape[0], torch.promote_types(h.dtype, torch.float32), chunk_bytes // 2):
+            logits = _matmul(h[part], low.T)
+            # the negative logarithm of an exponential variable is a Gumbel variable
+            drawn[part] = logits.sub_(torch.empty_like(logits).exponential_().log_()).argmax(-1)
+            del logits
+    return drawn
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last axis (Zhang & Sennrich, arXiv 1910.07467).
 

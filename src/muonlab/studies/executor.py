@@ -125,7 +125,9 @@ class Executor:
                 self._show()
 
         try:
-            return outline(run(state.job.config, directory=state.job.directory, on_event=follow, should_stop=self.should_stop))
+            return outline(
+                run(state.job.config, directory=state.job.directory, on_event=follow, should_stop=self.should_stop)
+            )
         except InputError as error:
             return failed(state.job, str(error))
 

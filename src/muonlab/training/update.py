@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from muonlab.models import Transformer
-from muonlab.models.ops import head_stats
+from muonlab.models.ops import head_sample, head_stats
 from muonlab.optim.schedules import applied_lr, set_lr, set_momentum
 from muonlab.training.config import RunConfig
 from muonlab.training.losses import cross_entropy, training_loss
@@ -58,7 +58,9 @@ class Update:
         self.precision = Precision(training.precision, training.device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         options = config.model
-        self.random = options.dropout > 0 or (options.n_experts > 0 and options.router_noise > 0)
+        self.curvature_every: int | None = getattr(config.optimizer, "curvature_every", None)
+        noisy = options.dropout > 0 or (options.n_experts > 0 and options.router_noise > 0)
+        self.random = noisy or self.curvature_every is not None
         self.kinds = list(applied_lr(optimizer))
         self.calls = 0
         self._micro_step = self._plain_micro_step
@@ -86,6 +88,8 @@ class Update:
         set_momentum(self.optimizer, config.schedule, update)
         if self.random:
             torch.manual_seed(update_seed(config.seed, update))
+        if self.curvature_every is not None and update % self.curvature_every == 0:
+            self._estimate_curvature(inputs, document_ids)
         self.calls += 1
         if self.program != "graph":
             return self._execute(inputs, targets, document_ids)
@@ -117,6 +121,23 @@ class Update:
             stats = head_stats(hidden, self.model.head_weight, targets.flatten(), chunk)
         objective = training_loss(stats, self.config.loss).mean() + output.auxiliary_loss
         return cross_entropy(stats).detach().mean(), objective
+
+    def _estimate_curvature(self, inputs: Tensor, document_ids: Tensor | None) -> None:
+        """Sophia-G's extra pass over the update's inputs, on labels that the model itself draws."""
+        training = self.config.training
+
+        def closure() -> None:
+            for index in range(training.accumulation):
+                rows = slice(index * training.micro_batch_size, (index + 1) * training.micro_batch_size)
+                ids = None if document_ids is None else document_ids[rows]
+                with self.precision.autocast():
+                    hidden = self.model(inputs[rows], document_ids=ids).hidden.flatten(0, 1)
+                    head, chunk = self.model.head_weight, training.logit_chunk_bytes
+                    stats = head_stats(hidden, head, head_sample(hidden, head, chunk), chunk)
+                loss = cross_entropy(stats).mean() / training.accumulation
+                loss.backward()  # type: ignore[no-untyped-call]
+
+        self.optimizer.update_curvature(closure, inputs.numel())  # type: ignore[attr-defined]
 
     def _clip(self) -> Tensor:
         limit = self.config.training.clip_norm
