@@ -481,13 +481,13 @@ def cmd_runs(options: Any) -> None:
 
 
 def cmd_report(options: Any) -> None:
-    from muonlab.report import write_comparison, write_run
+    from muonlab.report import write_comparison, write_exports, write_run
     from muonlab.studies.compare import SUMMARY
     from muonlab.training.tracking import find_runs
 
     for path in map(Path, options.paths):
         if (path / SUMMARY).exists():
-            written = write_comparison(path)
+            written = write_comparison(path) + write_exports(path)
         else:
             runs = find_runs(path)
             if not runs:

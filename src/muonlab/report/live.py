@@ -102,7 +102,9 @@ class StudyProgress:
         return "" if state.loss is None else f", train loss {state.loss:.4f}"
 
     def table(self, states: list[Progress]) -> Table:
-        table = Table(title=f"{sum(s.status == 'finished' for s in states)} of {self.runs} runs, {clock(self.time_left(states))} left")
+        table = Table(
+            title=f"{sum(s.status == 'finished' for s in states)} of {self.runs} runs, {clock(self.time_left(states))} left"
+        )
         for name in ("optimizer", "run", "status"):
             table.add_column(name)
         for name in ("update", "train loss", "seconds"):
