@@ -9,6 +9,7 @@ from torch import nn
 from muonlab import Muon
 from muonlab.errors import InputError
 from muonlab.optim import CONVENTIONS, MuonOptions, convert_lr, orthogonalize
+from muonlab.optim.coefficients import resolve
 from muonlab.optim.scaling import SCALES, scale_factor, update_rms
 
 SHAPES = [(48, 24), (24, 48), (32, 32), (16, 64)]
@@ -138,8 +139,10 @@ def test_arguments_and_defaults_are_those_of_torch_muon():
     assert list(ours)[: len(theirs)] == list(theirs)
     group = Muon([nn.Parameter(weights((8, 8)))]).param_groups[0]
     reference = torch.optim.Muon([nn.Parameter(weights((8, 8)))]).param_groups[0]
-    for name in ("lr", "weight_decay", "momentum", "nesterov", "ns_steps"):
+    for name in ("lr", "weight_decay", "momentum", "nesterov"):
         assert group[name] == reference[name]
+    assert resolve(group["coefficients"], group["ns_steps"]).steps == (reference["ns_coefficients"],) * 5
+    assert Muon([nn.Parameter(weights((8, 8)))], coefficients="aol4").param_groups[0]["ns_steps"] is None
 
 
 def test_averaged_and_added_up_momentum_give_the_same_directions():

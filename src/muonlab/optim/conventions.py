@@ -8,7 +8,6 @@ from muonlab.optim.scaling import update_rms
 
 _KELLER: dict[str, Any] = {
     "coefficients": "keller",
-    "ns_steps": 5,
     "scale": "keller",
     "dtype": "bfloat16",
     "idle": "move",
