@@ -141,7 +141,7 @@ def test_ctrl_c_stops_cleanly_with_130_and_the_same_command_goes_on(tmp_path):
     while time.monotonic() < deadline and not (rows.exists() and rows.read_text().count('"train"') >= 5):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())

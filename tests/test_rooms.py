@@ -9,7 +9,8 @@ import muonlab
 
 ROOT = Path(muonlab.__file__).parent
 BELOW = {
-    "cli": {"report", "studies", "training", "diagnostics", "models", "data", "optim", "errors", "files"},
+    "cli": {"flags", "report", "studies", "training", "diagnostics", "models", "data", "optim", "errors", "files"},
+    "flags": {"training", "errors"},
     "report": {"studies", "training", "diagnostics", "models", "data", "optim", "errors", "files"},
     "studies": {"training", "diagnostics", "models", "data", "optim", "errors", "files"},
     "training": {"diagnostics", "models", "data", "optim", "errors", "files"},

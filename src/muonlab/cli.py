@@ -11,27 +11,6 @@ from typing import Any
 from muonlab import __version__
 from muonlab.errors import InputError, unknown
 
-ALIASES = {
-    "--lr": "--optimizer.lr",
-    "--wd": "--optimizer.weight-decay",
-    "--weight-decay": "--optimizer.weight-decay",
-    "--block-size": "--optimizer.block-size",
-    "--dataset": "--data.corpus",
-    "--corpus": "--data.corpus",
-    "--split": "--data.split",
-    "--updates": "--training.updates",
-    "--max-steps": "--training.updates",
-    "--batch-size": "--training.micro-batch-size",
-    "--accumulation": "--training.accumulation",
-    "--max-len": "--model.seq-len",
-    "--seq-len": "--model.seq-len",
-    "--hidden-size": "--model.d-model",
-    "--save-checkpoint-interval": "--training.checkpoint-every",
-    "--device": "--training.device",
-    "--program": "--training.program",
-}
-"""Short flags, and those of seed 004, for typed ones of the configuration."""
-
 DESCRIPTION = f"""muonlab {__version__}: Muon as a drop-in optimizer, and a laboratory that compares optimizers of language models."""
 
 EPILOG = """examples:
@@ -54,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         # Names come before flags; argparse would take a flag's value for one, since it does not know the typed flags.
         flags = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
-        options.names, options.rest = rest[:flags], rest[flags:]
+        options.names, options.rest = rest[:flags], rest[flags:] + ["--fields"] * getattr(options, "fields", False)
         if rest and (not options.takes_overrides or flags > options.most_names):
             raise InputError(f"unknown argument {rest[0]!r}; see muonlab {arguments[0]} --help")
         return int(options.command(options) or 0)
@@ -214,6 +193,7 @@ def add_run_flags(command: argparse.ArgumentParser) -> None:
 def cmd_train(options: Any) -> int:
     from rich.console import Console
 
+    from muonlab.flags import read_overrides
     from muonlab.report import write_run
     from muonlab.report.live import RunProgress, clock
     from muonlab.training.config import as_tables, from_dict, merge, read_toml
@@ -225,7 +205,7 @@ def cmd_train(options: Any) -> int:
     named = {"model": options.model, "optimizer": options.optimizer}
     values = merge(as_tables(values), as_tables({key: value for key, value in named.items() if value is not None}))
     config = from_dict(values, file or "configuration")
-    config = from_dict(merge(values, read_overrides(config, options)))
+    config = from_dict(merge(values, read_overrides(config, options.rest)))
     if options.dry_run:
         seconds = seconds_per_update(config)
         print(
@@ -264,6 +244,7 @@ def cmd_train(options: Any) -> int:
 def cmd_compare(options: Any) -> int:
     from rich.console import Console
 
+    from muonlab.flags import read_overrides
     from muonlab.report import print_comparison, write_comparison, write_run
     from muonlab.report.live import StudyProgress, clock
     from muonlab.studies.compare import compare, comparison_directory, make_plan, resolve_plan
@@ -275,7 +256,7 @@ def cmd_compare(options: Any) -> int:
     names = options.names or ["muon", "adamw"]
     profile = "quick" if options.quick else "standard"
     values: dict[str, Any] = {"model": {"preset": options.model or "micro"}}
-    overrides = read_overrides(from_dict(values), options)
+    overrides = read_overrides(from_dict(values), options.rest)
     if "optimizer" in overrides:
         raise InputError("a comparison tunes the optimizers itself; --optimizer flags belong to muonlab train")
     base = merge(values, overrides)
@@ -345,67 +326,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def read_overrides(config: Any, options: Any) -> dict[str, Any]:
-    """The nested values that the remaining typed flags change, read by tyro against the run's own types."""
-    import contextlib
-    import io
-
-    import tyro
-
-    if options.fields:
-        tyro.cli(type(config), default=config, args=["--help"], prog="muonlab")
-    arguments = []
-    for argument in options.rest:
-        flag, equals, value = argument.partition("=")
-        flag = ALIASES.get(flag.replace("_", "-"), flag)
-        arguments.append(flag + equals + value)
-    if not arguments:
-        return {}
-    known = known_flags(config)
-    for argument in arguments:
-        flag = argument.partition("=")[0]
-        if flag.startswith("--") and flag.replace("_", "-") not in known:
-            raise unknown("flag", flag, known | set(ALIASES))
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(complaint), contextlib.redirect_stderr(complaint):
-            changed = tyro.cli(type(config), default=config, args=arguments, prog="muonlab")
-    except SystemExit:
-        lines = [line.strip("│╭╰─╮╯ ").strip() for line in complaint.getvalue().splitlines()]
-        told = next((line for line in lines if line and "error" not in line.lower()[:13]), None)
-        told = next((line for line in lines if line.startswith("Error parsing")), told or "cannot read the flags")
-        raise InputError(told.removeprefix("Error parsing ")) from None
-    return difference(config.to_dict(), changed.to_dict())
-
-
-def known_flags(config: Any) -> set[str]:
-    """Every flag of a configuration: --seed, --optimizer.weight-decay, and --no- forms of switches."""
-
-    def walk(values: dict[str, Any], prefix: str) -> set[str]:
-        found: set[str] = set()
-        for key, value in values.items():
-            path = f"{prefix}{key.replace('_', '-')}"
-            found |= walk(value, path + ".") if isinstance(value, dict) else {f"--{path}"}
-            if isinstance(value, bool):
-                head, _, tail = path.rpartition(".")
-                found.add(f"--{head}.no-{tail}" if head else f"--no-{tail}")
-        return found
-
-    return walk(config.to_dict(), "")
-
-
-def difference(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The nested values of `new` that differ from `old`."""
-    changed = {}
-    for key, value in new.items():
-        if isinstance(value, dict) and isinstance(old.get(key), dict):
-            if inner := difference(old[key], value):
-                changed[key] = inner
-        elif old.get(key) != value:
-            changed[key] = value
-    return changed
-
-
 # --- looking ----------------------------------------------------------------------------------------------------------
 
 
@@ -433,16 +353,17 @@ def cmd_list(options: Any) -> None:
 
 
 def cmd_inspect(options: Any) -> None:
+    from muonlab.flags import read_overrides
     from muonlab.report.inspection import inspection
     from muonlab.training.config import from_dict, merge
 
-    options.fields = False
     config = from_dict({"model": options.model, "optimizer": options.optimizer})
-    print(inspection(from_dict(merge(config.to_dict(), read_overrides(config, options))), options.model))
+    print(inspection(from_dict(merge(config.to_dict(), read_overrides(config, options.rest))), options.model))
 
 
 def cmd_data(options: Any) -> None:
     from muonlab.data import cached_datasets, prepare
+    from muonlab.flags import read_overrides
     from muonlab.report.tables import size
     from muonlab.training.config import from_dict
 
@@ -450,11 +371,10 @@ def cmd_data(options: Any) -> None:
         for entry in cached_datasets():
             print(f"{size(entry['size']):>10}  {entry.get('corpus', '?'):12s}  {entry['path']}")
         return
-    options.fields = False
     config = from_dict({"data": options.names[0]} if options.names else {})
     from muonlab.training.config import merge
 
-    dataset = prepare(from_dict(merge(config.to_dict(), read_overrides(config, options))).data, progress=True)
+    dataset = prepare(from_dict(merge(config.to_dict(), read_overrides(config, options.rest))).data, progress=True)
     for key, value in dataset.describe().items():
         print(f"{key}: {value}")
 
