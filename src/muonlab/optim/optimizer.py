@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from muonlab.errors import InputError
-from muonlab.optim import rules
+from muonlab.optim import kernels, rules
 from muonlab.optim.groups import plan
 from muonlab.optim.options import OptimizerOptions
 from muonlab.optim.routing import RoutingTable, table_of
@@ -73,6 +73,8 @@ class HybridOptimizer(torch.optim.Optimizer):
         work = [(group, [param for param in group["params"] if param.grad is not None]) for group in self.param_groups]
         self._refuse_sparse(work)
         keep = _all_finite(work) if any(group["skip_nonfinite"] for group, _ in work) else None
+        if keep is None:
+            work = kernels.step(self, work, self._state)
         for group, params in work:
             if params and group["rule"] == "muon":
                 self._step_matrices(group, params, keep)

@@ -9,7 +9,7 @@ is absent: its tensor is left alone. All arithmetic is fp32.
 import triton
 import triton.language as tl
 
-CHUNK = 4096
+CHUNK = 2048
 """Entries of one program."""
 
 # Columns of the address tables (int64, one row per parameter).
@@ -34,7 +34,7 @@ def _entries(layout, matrix, chunk, SIDE: tl.constexpr, FLAT: tl.constexpr, ALIG
     row = layout + matrix * LAYOUT
     rows = tl.load(row + 1)
     cols = tl.load(row + 2)
-    position = chunk.to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    position = tl.cast(chunk, tl.int64) * SIZE + tl.arange(0, SIZE)
     start = tl.load(row + 6 + 3 * SIDE)
     if FLAT:
         if ALIGN > 1:
@@ -50,7 +50,7 @@ def _entries(layout, matrix, chunk, SIDE: tl.constexpr, FLAT: tl.constexpr, ALIG
 def _bank_entries(layout, matrix, chunk, FLAT: tl.constexpr, ALIGN: tl.constexpr, SIZE: tl.constexpr):
     """Offsets of a chunk's entries inside the bank."""
     row = layout + matrix * LAYOUT
-    position = chunk.to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    position = tl.cast(chunk, tl.int64) * SIZE + tl.arange(0, SIZE)
     start = tl.load(row + 5)
     if FLAT:
         return tl.multiple_of(start, 8) + position
@@ -136,7 +136,7 @@ def momentum_kernel(
 @triton.jit
 def norm_kernel(
     starts,  # int32 [matrices + 1]: chunks of a matrix
-    gains,  # fp32 [matrices]: the Frobenius norm that the cast matrix should have, about sqrt(rows * cols)
+    gains,  # fp32 [matrices, 2]: the Frobenius norm that the cast matrix should have; lower bound of what is divided by
     partial,
     multiplier,
     active,  # fp32 [matrices]: 1 if it has any gradient
@@ -150,7 +150,8 @@ def norm_kernel(
     matrix = first + tl.program_id(0)
     start = tl.load(starts + matrix)
     end = tl.load(starts + matrix + 1)
-    gain = tl.load(gains + matrix)
+    gain = tl.load(gains + 2 * matrix)
+    least = tl.load(gains + 2 * matrix + 1)
     largest = tl.zeros([SIZE], tl.float32)
     moved = tl.zeros([SIZE], tl.float32)
     for at in range(start, end, SIZE):
@@ -169,6 +170,7 @@ def norm_kernel(
         total += tl.load(partial + 3 * index + 1, mask=index < end, other=0.0) * ratio * ratio
     root = tl.sqrt(tl.sum(total, axis=0))  # norm = divisor * root, which may itself be outside the range of fp32
     zero = root == 0
+    root = tl.where(root * divisor < least, least / divisor, root)
     wanted = tl.minimum(gain / tl.where(zero, 1.0, root) / divisor, 1e37)
     used = tl.load(multiplier + matrix)
     drift = used * divisor * root / gain
@@ -264,16 +266,16 @@ def apply_kernel(
         param = tl.load(place, mask=inside, other=0.0).to(tl.float32)
         shrink = lr * tl.load(group + WEIGHT_DECAY) * tl.load(factors + 2 * matrix + 1)
         if CAUTIOUS:
-            shrink = tl.where(param * update > 0, shrink, 0.0)
+            shrink = tl.where(param * update >= 0, shrink, 0.0)
         param = param * (1.0 - shrink) - lr * tl.load(factors + 2 * matrix) * update
         tl.store(place, param.to(PARAM_TYPE), mask=inside)
 
 
 @triton.jit
-def count_kernel(pointers, first):
-    """step += 1 for every parameter that has a gradient."""
+def count_kernel(pointers, counts, first):
+    """step += 1 for every parameter that counts and has a gradient."""
     row = pointers + (first + tl.program_id(0)) * POINTERS
-    if tl.load(row + GRAD) != 0:
+    if (tl.load(counts + first + tl.program_id(0)) != 0) & (tl.load(row + GRAD) != 0):
         place = tl.load(row + COUNT).to(tl.pointer_type(tl.float32))
         tl.store(place, tl.load(place) + 1.0)
 
@@ -328,6 +330,6 @@ def adamw_kernel(
         param = tl.load(param_at, mask=inside, other=0.0).to(tl.float32)
         shrink = lr * tl.load(group + WEIGHT_DECAY)
         if CAUTIOUS:
-            shrink = tl.where(param * update > 0, shrink, 0.0)
+            shrink = tl.where(param * update >= 0, shrink, 0.0)
         param = param * (1.0 - shrink) - lr * update
         tl.store(param_at, param.to(PARAM_TYPE), mask=inside)

@@ -78,14 +78,15 @@ def pitch_of(cols: int) -> int:
     return -(-cols // 8) * 8
 
 
-def blocks_of(m: int, steps: int) -> tuple[int, ...]:
-    """How many steps each block takes.
+def blocks_of(m: int, steps: int, method: str = "auto") -> tuple[int, ...]:
+    """How many steps each block takes, for matrices with smaller side `m`.
 
-    Three steps, then one by one: the longest block whose error against fp64 stays within 1.2 times that of the standard
-    fp16 iteration on every spectrum tried (longer ones, or a last block of two, do not). Small matrices are iterated the
-    standard way: there the products are not what costs time, and the error of a block is larger.
+    "gram" is three steps, then one by one: the longest block whose error against fp64 stays within 1.2 times that of the
+    standard fp16 iteration on all spectra from flat to 1e-7 (a longer one, or a last block of two, does not). "standard" is
+    one by one. "auto" is gram except for small matrices, whose products cost little and where the error of a block is larger.
     """
-    return (3, *[1] * (steps - 3)) if m >= 256 and steps >= 3 else (1,) * steps
+    gram = method == "gram" or (method == "auto" and m >= 256)
+    return (3, *[1] * (steps - 3)) if gram and steps >= 3 else (1,) * steps
 
 
 def iterate(

@@ -1,0 +1,251 @@
+"""Which matrices an optimizer updates, in which order, and where they lie: plain data for `step.FusedStep`, no kernels.
+
+A *matrix* is one of a parameter's view. Matrices are sorted so that those that share launches are neighbours:
+
+    slice     matrices with one smaller side and one iteration whose work fits the workspace together
+    section   neighbours of one shape: one bank, one launch of each product
+    run       neighbours with one memory layout and one set of options: one launch of each elementwise kernel
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from muonlab.optim.coefficients import Iteration, resolve
+from muonlab.optim.scaling import scale_factor
+from muonlab.optim.views import View, matrices
+
+DEFAULT_WORKSPACE = 768 << 20
+"""Bytes of banks unless `max_workspace_bytes` says otherwise: a few waves of tiles on the largest devices."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a matrix lies inside a tensor: offset from its first entry, row stride, column stride, all in entries."""
+
+    offset: int
+    row: int
+    col: int
+
+    def swapped(self) -> "Place":
+        return Place(self.offset, self.col, self.row)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What one launch of the elementwise kernels has in common."""
+
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]  # parameter, gradient, momentum
+    flat: bool  # rows follow each other without gaps, in all three
+    align: int  # 16: vectors of 16 bytes; 1: entry by entry
+    nesterov: bool
+    heavy_ball: bool
+    skip_idle: bool
+    cautious: bool
+
+
+@dataclass(frozen=True)
+class Matrix:
+    owner: int
+    """Index of its parameter."""
+    group: int
+    rows: int
+    cols: int
+    places: tuple[Place, Place, Place]  # in parameter, gradient, momentum
+    launch: Launch
+    iteration: Iteration
+    dtype: torch.dtype
+    """Of the iterations."""
+    method: str
+    factor: float
+    """The scale convention's, for the shape before any transposition."""
+    decay: float
+    """Factor of the weight decay."""
+    eps: float
+    """Lower bound of the norm that it is divided by."""
+
+    @property
+    def short(self) -> int:
+        return min(self.rows, self.cols)
+
+    @property
+    def pitch(self) -> int:
+        """Row pitch in its bank: rows start at multiples of 16 bytes."""
+        return -(-self.cols // 8) * 8
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Matrices `first` to `last` of the sorted list."""
+
+    first: int
+    last: int
+    sections: tuple[tuple[int, int], ...]
+    runs: tuple[tuple[int, int], ...]
+
+
+def matrices_of(
+    param: Tensor,
+    grad: Tensor | None,
+    momentum: Tensor | None,
+    view: View,
+    owner: int,
+    index: int,
+    group: Mapping[str, Any],
+) -> list[Matrix] | None:
+    """The matrices of one parameter; None where a view of the gradient would have to be copied."""
+    grad = param if grad is None else grad
+    momentum = param if momentum is None else momentum
+    tensors = (param, grad, momentum)
+    stacks = [matrices(tensor.detach(), view, param) for tensor in tensors]
+    if any(
+        part.untyped_storage().data_ptr() != t.untyped_storage().data_ptr()
+        for t, s in zip(tensors, stacks)
+        for part in s
+    ):
+        return None
+    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    iteration = resolve(group["coefficients"], group["ns_steps"])
+    dtype = torch.bfloat16 if group["dtype"] == "bfloat16" else torch.float16
+    found = []
+    for parts in zip(*stacks):
+        rows, cols = parts[0].shape[-2:]
+        factor = scale_factor(group["scale"], rows, cols)
+        places = [list(_places(part, tensor)) for part, tensor in zip(parts, tensors)]
+        for trio in zip(*places):
+            # An update of the transpose is the transpose of the update: take whichever has its rows in one piece.
+            swap = trio[0].row == 1 and trio[0].col != 1
+            r, c = (cols, rows) if swap else (rows, cols)
+            where = tuple(place.swapped() if swap else place for place in trio)
+            flat = all(place.col == 1 and place.row == c for place in where) and c % 8 == 0
+            even = aligned and flat and r * c % 16 == 0 and all(place.offset % 16 == 0 for place in where)
+            launch = Launch(
+                (param.dtype, grad.dtype, momentum.dtype if momentum is not param else _momentum_dtype(param, group)),
+                flat,
+                16 if even else 1,
+                bool(group["nesterov"]),
+                bool(group["heavy_ball"]),
+                group["idle"] == "skip",
+                bool(group["cautious_decay"]),
+            )
+            decay = factor if group["scaled_decay"] else 1.0
+            found.append(
+                Matrix(
+                    owner,
+                    index,
+                    r,
+                    c,
+                    (where[0], where[1], where[2]),
+                    launch,
+                    iteration,
+                    dtype,
+                    group["method"],
+                    factor,
+                    decay,
+                    group["norm_eps"],
+                )
+            )
+    return found
+
+
+def in_order(found: Sequence[Matrix]) -> list[Matrix]:
+    """Neighbours share as much as possible; large products come first."""
+    launches = {launch: i for i, launch in enumerate(dict.fromkeys(matrix.launch for matrix in found))}
+    return sorted(
+        found,
+        key=lambda x: (
+            -x.short,
+            str(_family(x)),
+            -x.rows * x.cols,
+            -x.rows,
+            launches[x.launch],
+            x.owner,
+            x.places[0].offset,
+        ),
+    )
+
+
+def slices_of(ordered: Sequence[Matrix], budget: int) -> list[Slice]:
+    """Slices of at most `budget` bytes, but at least one matrix, all of a family about equally large."""
+    slices = []
+    first = 0
+    for _, family in groupby(ordered, _family):
+        sizes = [matrix_bytes(matrix) for matrix in family]
+        share = sum(sizes) / math.ceil(sum(sizes) / budget)
+        used = 0.0
+        start = first
+        for i, size in enumerate(sizes, start=first):
+            if i > start and used + size / 2 > share:
+                slices.append(_slice(ordered, start, i))
+                start, used = i, used - share
+            used += size
+        first += len(sizes)
+        slices.append(_slice(ordered, start, first))
+    return slices
+
+
+def matrix_bytes(matrix: Matrix) -> int:
+    """Bytes of workspace for one matrix: two banks of its shape, seven symmetric ones."""
+    pitch = -(-matrix.short // 8) * 8
+    return 2 * (2 * matrix.rows * matrix.pitch + 7 * matrix.short * pitch)
+
+
+def layout_of(ordered: Sequence[Matrix], slices: Sequence[Slice]) -> list[list[int]]:
+    """Rows of the layout table of `elementwise`."""
+    table = []
+    for part in slices:
+        offset = 0
+        for matrix in ordered[part.first : part.last]:
+            places = [value for place in matrix.places for value in (place.offset, place.row, place.col)]
+            table.append([matrix.owner, matrix.rows, matrix.cols, matrix.pitch, matrix.group, offset, *places])
+            offset += matrix.rows * matrix.pitch
+    return table
+
+
+def chunks_of(sizes: Sequence[int], chunk: int) -> tuple[Tensor, list[int]]:
+    """The chunk table [chunks, 2] (tensor, index of the chunk in it), and where each tensor's chunks start."""
+    counts = torch.tensor([-(-size // chunk) for size in sizes])
+    starts = [0, *counts.cumsum(0).tolist()]
+    owners = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    index = torch.arange(starts[-1]) - torch.tensor(starts)[owners]
+    return torch.stack([owners, index], 1).int(), starts
+
+
+def _family(matrix: Matrix) -> tuple[Any, ...]:
+    return matrix.short, matrix.iteration, matrix.dtype, matrix.method
+
+
+def _slice(ordered: Sequence[Matrix], first: int, last: int) -> Slice:
+    def neighbours(key: Any) -> tuple[tuple[int, int], ...]:
+        spans = []
+        at = first
+        for _, items in groupby(ordered[first:last], key):
+            count = len(list(items))
+            spans.append((at, at + count))
+            at += count
+        return tuple(spans)
+
+    return Slice(first, last, neighbours(lambda x: (x.rows, x.cols)), neighbours(lambda x: x.launch))
+
+
+def _places(stack: Tensor, owner: Tensor) -> Iterator[Place]:
+    """Places of all matrices of a stack [..., m, n] that shares memory with `owner`."""
+    base = stack.storage_offset() - owner.storage_offset()
+    leading = [torch.arange(size) * stride for size, stride in zip(stack.shape[:-2], stack.stride()[:-2])]
+    offsets = torch.zeros((), dtype=torch.int64)
+    for axis in leading:
+        offsets = offsets[..., None] + axis
+    row, col = stack.stride()[-2:]
+    for offset in offsets.flatten().tolist():
+        yield Place(base + offset, row, col)
+
+
+def _momentum_dtype(param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
+    if group["momentum_dtype"] != "auto":
+        return torch.bfloat16 if group["momentum_dtype"] == "bfloat16" else torch.float32
+    return torch.float32 if param.dtype in (torch.float16, torch.bfloat16) else param.dtype
