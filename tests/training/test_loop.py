@@ -258,6 +258,12 @@ def test_a_folder_that_is_not_writable_is_one_line(tmp_path):
         run(tiny(), directory=tmp_path / "run")
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a file system that takes no new folders")
+def test_a_place_where_no_folder_can_be_made_is_one_line():
+    with pytest.raises(InputError, match="cannot make the run directory /proc/run"):
+        run(tiny(), directory="/proc/run")
+
+
 def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(InputError, match="cannot make the run directory"):

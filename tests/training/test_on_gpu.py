@@ -57,3 +57,31 @@ def test_auto_is_the_graph_on_cuda(tmp_path):
     _, metrics = trained(tmp_path, "auto", precision="bf16")
     assert metrics["program"] == "graph"
     assert metrics["seconds"]["compilation"] > 0
+
+
+def test_fp16_scales_the_loss_and_trains_like_bf16(tmp_path):
+    _, half = trained(tmp_path, "auto", precision="fp16")
+    _, brain = trained(tmp_path / "b", "eager", precision="bf16")
+    assert half["program"] == "eager"
+    assert half["status"] == "finished"
+    last = [metrics["final"]["tune"]["cross_entropy"] for metrics in (half, brain)]
+    assert last[0] == pytest.approx(last[1], rel=0.05)
+
+
+def test_sophias_extra_pass_goes_beside_the_captured_update(tmp_path):
+    options = {"device": "cuda", "precision": "fp32", "program": "graph", "updates": 24, "eval_every": 12}
+    config = tiny(optimizer={"name": "sophia", "lr": 3e-3, "curvature_every": 4}, training=options)
+    metrics = run(config, directory=tmp_path / "run")
+    assert metrics["program"] == "graph", metrics["program_notice"]
+    first = metrics["history"]["eval"][0]["cross_entropy"]
+    assert metrics["final"]["tune"]["cross_entropy"] < first - 0.3
+
+
+def test_a_captured_run_stopped_and_resumed_ends_where_one_that_was_not_does(tmp_path):
+    config, whole = trained(tmp_path / "whole", "graph", checkpoint_every=8)
+    seen = []
+    first = run(config, directory=tmp_path / "parts", on_event=seen.append, should_stop=lambda: len(seen) > 6)
+    assert first["status"] == "interrupted"
+    rest = run(config, directory=tmp_path / "parts")
+    assert rest["final"]["tune"]["cross_entropy"] == pytest.approx(whole["final"]["tune"]["cross_entropy"], rel=1e-2)
+    assert [row["update"] for row in rest["history"]["train"]] == list(range(1, 25))
