@@ -433,6 +433,7 @@ def test_a_step_never_asks_a_device_for_a_value(options):
         (lambda: MuonOptions(block_size=4, block_period=4, normuon_beta=0.9), "not with normuon_beta"),
         (lambda: MuonOptions(block_size=0), "at least 1"),
         (lambda: MuonOptions(method="gram", dtype="bfloat16"), "not accurate enough"),
+        (lambda: MuonOptions(coefficients="cans@1.0"), "safety factor of at least"),
         (lambda: MuonOptions(scale="muonlight"), "did you mean 'moonlight'"),
         (lambda: MuonOptions(idle="stop"), "unknown idle"),
         (lambda: MuonOptions(coefficients="you", ns_steps=4), "exactly 5 steps"),

@@ -209,6 +209,10 @@ def test_unsafe_combinations_and_wrong_inputs_are_refused_with_the_reason():
     x = random(4, 6, dtype=torch.float32)
     with pytest.raises(InputError, match="not accurate enough"):
         orthogonalize(x, method="gram", dtype="bfloat16")
+    for dtype in ("bfloat16", "float16"):
+        with pytest.raises(InputError, match="safety factor of at least"):
+            orthogonalize(x, "polar_express@1", dtype=dtype)
+    orthogonalize(x, "polar_express@1", dtype="float32")
     with pytest.raises(InputError, match="did you mean 'gram'"):
         orthogonalize(x, method="gramm")
     with pytest.raises(InputError, match="did you mean 'float64'"):

@@ -247,6 +247,15 @@ def resolve(coefficients: Coefficients, ns_steps: int | None = None) -> Iteratio
     return Iteration(tuple(steps[min(i, len(steps) - 1)] for i in range(count)), entry.preconditioned)
 
 
+def margin(coefficients: Coefficients) -> float:
+    """The largest singular value that is safe (see `CoefficientSet.safe_up_to`); infinity for steps of one's own."""
+    if not isinstance(coefficients, str):
+        return float("inf")
+    name, _, factor = coefficients.partition("@")
+    entry = named(name)
+    return entry.safe_up_to * (_safety(coefficients, factor) / (entry.safety or 1.0) if factor else 1.0)
+
+
 def named(name: str) -> CoefficientSet:
     """The registered set of this name; InputError with the nearest name otherwise."""
     if name not in COEFFICIENTS:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from muonlab.errors import InputError, unknown
 from muonlab.optim.coefficients import resolve
-from muonlab.optim.polar import DTypeName, Method, check_method
+from muonlab.optim.polar import DTypeName, Method, check_safe
 from muonlab.optim.scaling import SCALES
 
 KINDS = ("hidden", "embedding", "head", "router", "vector")
@@ -243,7 +243,7 @@ class MuonOptions(OptimizerOptions):
         super().__post_init__()
         _fraction("momentum", self.momentum)
         resolve(self.coefficients, self.ns_steps)
-        check_method(self.method, self.dtype)
+        check_safe(self.coefficients, self.method, self.dtype)
         if self.scale not in SCALES:
             raise unknown("scale", self.scale, SCALES)
         for name in ("fallback", "idle", "momentum_dtype", "normuon_axis"):

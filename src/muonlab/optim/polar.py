@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from muonlab.errors import InputError, unknown
-from muonlab.optim.coefficients import Coefficients, Iteration, Step, resolve
+from muonlab.optim.coefficients import Coefficients, Iteration, Step, margin, resolve
 
 Method = Literal["auto", "standard", "gram", "svd"]
 METHODS: tuple[Method, ...] = ("auto", "standard", "gram", "svd")
@@ -21,6 +21,8 @@ _DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
+# Rounding the entries of a matrix to bf16 can raise its largest singular value by this much.
+_HALF_MARGIN = 1 + 2**-8
 # Above this many elements a CPU does single products faster than a batched one.
 _CPU_LOOP_ELEMENTS = 1 << 14
 
@@ -54,8 +56,8 @@ def orthogonalize(
         `[..., m, n]` in the dtype of the iterations, contiguous or transposed.
 
     Raises:
-        InputError: fewer than two axes, a complex or integer dtype, unknown names, steps that do not fit the set, "gram" in
-            bf16 (its rounding errors grow to singular values of 1.8).
+        InputError: fewer than two axes, a complex or integer dtype, unknown names, steps that do not fit the set; "gram" in
+            bf16 (its rounding errors grow to singular values of 1.8), coefficients without a margin in half precision.
 
     Sources: Keller Jordan, https://kellerjordan.github.io/posts/muon/; for "gram" Dao-AILab/gram-newton-schulz.
     """
@@ -63,8 +65,9 @@ def orthogonalize(
         raise InputError(
             f"orthogonalize needs a real floating-point tensor [..., m, n], got {x.dtype} {tuple(x.shape)}"
         )
-    check_method(method, dtype)
-    return polar(x, resolve(coefficients, ns_steps), method, dtype, eps)
+    iteration = resolve(coefficients, ns_steps)
+    check_safe(coefficients, method, "float64" if method == "svd" else iteration_dtype(x, dtype, method))
+    return polar(x, iteration, method, dtype, eps)
 
 
 def polar(
@@ -88,21 +91,26 @@ def polar(
     tall = x.shape[-2] > x.shape[-1]
     x = normalize(x, eps, overwrite=overwrite)
     if iteration.preconditioned:
-        x = precondition(x.mT if tall else x)
-        x = x.mT if tall else x
+        x = precondition(x.mT, work).mT if tall else precondition(x, work)
     x = x.to(work)
     iterate = gram_newton_schulz if method == "gram" else newton_schulz
     result = iterate(x.mT if tall else x, iteration.steps)
     return result.mT if tall else result
 
 
-def check_method(method: str, dtype: torch.dtype | str) -> None:
-    """InputError for an unknown method and for combinations whose result cannot be trusted."""
+def check_safe(coefficients: Coefficients, method: str, dtype: torch.dtype | str) -> None:
+    """InputError for an unknown method and for combinations whose result cannot be trusted; "auto" may be half precision."""
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     if method == "gram" and dtype in (torch.bfloat16, "bfloat16"):
         raise InputError(
             "method 'gram' in bfloat16 is not accurate enough (singular values up to 1.8); use float16 or float32"
+        )
+    half = dtype in (torch.bfloat16, "bfloat16", torch.float16, "float16", "auto")
+    if half and margin(coefficients) < _HALF_MARGIN:
+        raise InputError(
+            f"coefficients {coefficients!r} diverge above {margin(coefficients):.4f}, which rounding in half precision "
+            "reaches; use a safety factor of at least 1.005, or float32"
         )
 
 
@@ -128,14 +136,15 @@ def normalize(x: Tensor, eps: float = 0.0, *, overwrite: bool = False) -> Tensor
     return divide(work, root).div_(root)
 
 
-def precondition(x: Tensor) -> Tensor:
+def precondition(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Rows of `x` [..., m, n], m <= n, scaled by 1 / sqrt(sum_j |X X^T|_ij): all singular values are then at most 1, most of
-    them closer to 1 than after division by the Frobenius norm. Rows of zeros stay zero.
+    them closer to 1 than after division by the Frobenius norm. Rows of zeros stay zero. `dtype`: that of the product.
 
     The polar factor of the scaled matrix is not that of the matrix, only near it: an approximation that `aol4` makes.
     Source: almost-orthogonal layers, https://arxiv.org/abs/2208.03160; Turbo-Muon, https://arxiv.org/abs/2512.04632.
     """
-    sums = (x @ x.mT).abs_().sum(-1, keepdim=True)  # [..., m, 1]
+    product = x if dtype is None else x.to(dtype)
+    sums = (product @ product.mT).abs_().sum(-1, keepdim=True, dtype=x.dtype)  # [..., m, 1]
     return x * torch.where(sums > 0, sums.rsqrt(), 0.0)
 
 
