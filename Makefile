@@ -26,7 +26,7 @@ quick: $(STAMPS)/lab
 	$(BIN)muonlab compare muon adamw --quick
 
 test: lint
-	$(BIN)python -m pytest
+	$(BIN)python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMPS)/dev
 	$(BIN)ruff check .

@@ -326,3 +326,19 @@ def test_opening_a_run_directory_locks_it_and_closing_frees_it(tmp_path):
     files = RunDirectory(tmp_path / "run", "a" * 12)
     files.close()
     RunDirectory(tmp_path / "run", "a" * 12).close()
+
+
+@pytest.mark.slow
+def test_the_compiled_program_gives_the_losses_of_the_eager_one(tmp_path):
+    linear = {"optimizer": {"name": "sgd", "lr": 0.1}}
+    eager = run(tiny(**linear), directory=tmp_path / "eager")
+    compiled = run(tiny(**linear, training={"program": "compile"}), directory=tmp_path / "compiled")
+    assert compiled["program"] == "compile"
+    assert compiled["seconds"]["compilation"] > 0
+    losses = [[row["loss"] for row in metrics["history"]["train"]] for metrics in (eager, compiled)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_captured_program_without_a_device_for_it_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="needs CUDA"):
+        run(tiny(training={"program": "graph"}), directory=tmp_path / "run")
