@@ -8,7 +8,7 @@ from torch import nn
 
 from muonlab import Muon
 from muonlab.errors import InputError
-from muonlab.optim import AdamWOptions, Override, build_optimizer
+from muonlab.optim import AdamWOptions, MuonOptions, Override, build_optimizer
 from muonlab.optim.routing import route
 
 transformers = pytest.importorskip("transformers")
@@ -323,6 +323,9 @@ def test_overrides_that_cannot_apply_are_refused(override, words):
 def test_contradictory_and_misspelt_overrides_are_refused():
     with pytest.raises(InputError, match="larger than head_dim"):
         Override(head_dim=16, block_size=32)
+    with pytest.raises(InputError, match=r"head_dim 16 of the override for 'q\*'"):
+        MuonOptions(block_size=32, overrides=(Override(name="q*", head_dim=16),))
+    MuonOptions(block_size=32, overrides=(Override(name="q*", head_dim=16, block_size=0),))
     with pytest.raises(InputError, match="did you mean 'hidden'"):
         Override(kind="hiden")
 

@@ -253,6 +253,13 @@ class MuonOptions(OptimizerOptions):
         for name in ("block_size", "max_workspace_bytes", "min_dim"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for override in self.overrides:
+            heads = override.head_dim if override.block_size is None else None
+            if heads is not None and self.block_size is not None and self.block_size > heads:
+                raise InputError(
+                    f"block_size {self.block_size} is larger than head_dim {heads} of the override for {override.name!r}: heads "
+                    "are already smaller matrices; give that override block_size=0"
+                )
         if (self.block_period or self.block_lr is not None) and self.block_size is None:
             raise InputError("block_period and block_lr have no effect without block_size")
         if self.block_period < 0:

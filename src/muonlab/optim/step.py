@@ -11,8 +11,9 @@ from muonlab.optim import rules
 from muonlab.optim.coefficients import resolve
 from muonlab.optim.scaling import scale_factor
 
-# Large parameters are worked through in pieces of this many elements: a few of them stay in a cache.
-_PIECE = 1 << 18
+# Large parameters are worked through in pieces of so many elements: a few of them stay in a CPU's cache; elsewhere they only bound
+# the temporary memory.
+_PIECE_CPU, _PIECE = 1 << 18, 1 << 26
 _RULE_OPTIONS = (
     "momentum",
     "nesterov",
@@ -157,5 +158,6 @@ def update_entries(
 def _pieces(tensors: list[Tensor]) -> list[list[Tensor]]:
     """Flat pieces that share memory with `tensors`, small enough for a cache; the tensors themselves if they lie otherwise."""
     if all(tensor.is_contiguous() for tensor in tensors):
-        return [list(piece) for piece in zip(*(torch.split(tensor.view(-1), _PIECE) for tensor in tensors))]
+        size = _PIECE_CPU if tensors[0].device.type == "cpu" else _PIECE
+        return [list(piece) for piece in zip(*(torch.split(tensor.view(-1), size) for tensor in tensors))]
     return [tensors]
