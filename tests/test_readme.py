@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from muonlab.cli import ALIASES, known_flags, parser
+from muonlab.cli import parser
+from muonlab.flags import ALIASES, known_flags
 from muonlab.training.config import from_dict
 
 ROOT = Path(__file__).parents[1]
