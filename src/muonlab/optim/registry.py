@@ -86,7 +86,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
             name="muon",
             options=MuonOptions,
             build=hybrid("muon"),
-            lr_center=2e-2,
+            lr_center=1e-2,
             summary="orthogonalised momentum for hidden matrices, AdamW for the rest",
         ),
         OptimizerEntry(

@@ -168,7 +168,7 @@ def compare(
         def submit(label: str) -> None:
             for point in searches[label].ask():
                 index = len(points)
-                job = _job(plan, directory, label, point, TUNING_SEED, "tune", f"{point.stage} lr {point.lr:.2g}")
+                job = _job(plan, directory, label, point, TUNING_SEED, "tune", f"{point.stage}: lr {point.lr:.2g}")
                 points[label, job.directory] = (index, point)
                 executor.submit(job)
 
