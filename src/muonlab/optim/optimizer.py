@@ -18,8 +18,8 @@ from muonlab.optim.routing import RoutingTable, table_of
 from muonlab.optim.step import Stack, chunks, matrices_at_once, update_entries, update_matrices
 from muonlab.optim.views import View, matrices
 
-# Parameters up to this many elements are stacked with others of their shape.
-_SMALL = 1 << 16
+# Parameters up to so many elements are stacked with others of their shape; a CPU gains less from that.
+_SMALL_CPU, _SMALL = 1 << 11, 1 << 16
 _STATE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -185,7 +185,7 @@ class HybridOptimizer(torch.optim.Optimizer):
             if rule.counts:
                 state.setdefault("step", torch.zeros((), dtype=torch.float32, device=param.device))
                 state["step"] += 1 if keep is None else keep.to(state["step"].device)
-            alone = param.numel() > _SMALL
+            alone = param.numel() > (_SMALL_CPU if param.device.type == "cpu" else _SMALL)
             buckets.setdefault((param.shape, param.dtype, param.device, i if alone else -1), []).append(param)
         for bucket in buckets.values():
             update_entries(bucket, [self.state[param] for param in bucket], rule, group, keep)

@@ -24,7 +24,7 @@ _DTYPES: dict[str, torch.dtype] = {
 # Rounding the entries of a matrix to bf16 can raise its largest singular value by this much.
 _HALF_MARGIN = 1 + 2**-8
 # Above this many elements a CPU does single products faster than a batched one.
-_CPU_LOOP_ELEMENTS = 1 << 14
+CPU_LOOP_ELEMENTS = 1 << 14
 
 
 def orthogonalize(
@@ -155,7 +155,7 @@ def newton_schulz(x: Tensor, steps: tuple[Step, ...]) -> Tensor:
     stack = x.reshape(-1, *x.shape[-2:])  # [k, m, n]
     if len(stack) == 1:
         return _steps_one(stack[0], steps).view(x.shape)
-    if x.device.type == "cpu" and x.shape[-2] * x.shape[-1] >= _CPU_LOOP_ELEMENTS:
+    if x.device.type == "cpu" and x.shape[-2] * x.shape[-1] >= CPU_LOOP_ELEMENTS:
         return torch.stack([_steps_one(matrix, steps) for matrix in stack]).view(x.shape)
     for a, b, c in steps:
         gram = stack @ stack.mT  # [k, m, m]

@@ -114,8 +114,13 @@ def adamw(grad: Tensor, state: State, *, step: Tensor, betas: tuple[Number, Numb
     mean, square = state["exp_avg"], state["exp_avg_sq"]
     grad = grad.to(mean.dtype)
     mean.lerp_(grad, _weight(1 - beta1, mean))
-    square.mul_(beta2).add_((grad * grad).mul_(1 - beta2))
-    denominator = (square / bias_correction(beta2, step)).sqrt_().add_(eps).mul_(bias_correction(beta1, step))
+    if isinstance(beta2, Tensor):
+        square.mul_(beta2).add_((grad * grad).mul_(1 - beta2))
+    else:
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    # mean / c1 / (sqrt(square / c2) + eps), with both corrections in the denominator.
+    correction = bias_correction(beta1, step)
+    denominator = square.sqrt().mul_(correction / bias_correction(beta2, step).sqrt()).add_(correction * eps)
     return torch.div(mean, denominator, out=denominator)
 
 

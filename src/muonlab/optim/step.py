@@ -9,6 +9,7 @@ from torch import Tensor
 
 from muonlab.optim import rules
 from muonlab.optim.coefficients import resolve
+from muonlab.optim.polar import CPU_LOOP_ELEMENTS
 from muonlab.optim.scaling import scale_factor
 
 # Large parameters are worked through in pieces of so many elements: a few of them stay in a CPU's cache; elsewhere they only bound
@@ -63,13 +64,16 @@ def chunks(stacks: list[Stack], limit: int) -> Iterator[list[Stack]]:
 def matrices_at_once(bucket: list[Stack], max_workspace_bytes: int | None) -> int:
     """How many matrices of this shape are worked on at once."""
     param = bucket[0].param
-    budget = max_workspace_bytes
-    if budget is None:
-        # A chunk that stays in a CPU's cache; elsewhere a quarter of the fp32 bytes of the matrices, but enough to fill a device.
-        entries = sum(stack.param.numel() for stack in bucket)
-        budget = 1 << 22 if param.device.type == "cpu" else max(1 << 26, entries)
     # fp32 direction, two half-precision iterates, two Gram matrices and the stacked copies: about 16 bytes an entry.
-    return max(1, budget // (16 * param.shape[-2] * param.shape[-1]))
+    bytes_each = 16 * param.shape[-2] * param.shape[-1]
+    budget = max_workspace_bytes
+    if budget is None and param.device.type == "cpu":
+        # A CPU multiplies large matrices one by one and should do so without copying them into a stack.
+        return 1 if param.shape[-2] * param.shape[-1] >= CPU_LOOP_ELEMENTS else max(1, (1 << 20) // bytes_each)
+    if budget is None:
+        # A quarter of the fp32 bytes of the matrices, but enough to fill a device.
+        budget = max(1 << 26, sum(stack.param.numel() for stack in bucket))
+    return max(1, budget // bytes_each)
 
 
 def update_matrices(
