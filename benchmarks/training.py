@@ -91,6 +91,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     cuda = options.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device")
     options.updates = options.updates or (10 if cuda else 1)
     options.programs = options.programs or ["eager", "compile", *(["graph"] if cuda else [])]
     return options
