@@ -172,7 +172,8 @@ def main() -> None:
     rows.append({"model": "1e9", "what": "construction, meta device", "seconds": construction()})
     print("\n".join(line(row) for row in rows))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"threads": arguments.threads, "torch": torch.__version__, "rows": rows}))
+        settings = {"threads": arguments.threads, "cpu_time": arguments.cpu_time, "layers": arguments.layers}
+        arguments.json.write_text(json.dumps({**settings, "torch": torch.__version__, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -143,6 +143,28 @@ def test_heads_of_uneven_grouped_queries_equal_separate_heads():
         torch.testing.assert_close(update[rows], expected, rtol=0, atol=1e-5)
 
 
+def test_a_module_may_bring_its_own_split():
+    marked, overridden = layer(32, 24), layer(32, 24)
+    marked.row_split = (16, 8, 8)
+    a = moved(Muon(marked, dtype="float32"), marked.weight)
+    b = moved(Muon(overridden, dtype="float32", overrides=(_override(split=(16, 8, 8)),)), overridden.weight)
+    assert torch.equal(a, b)
+
+
+def test_a_fused_conv1d_of_transformers_splits_along_its_outputs():
+    from transformers.pytorch_utils import Conv1D
+
+    conv = Conv1D(24, 16)
+    conv.weight.grad = torch.randn(16, 24)
+    gradient = conv.weight.grad.T.clone()
+    override = _override(name="weight", split=(8, 8, 8))
+    optimizer = Muon(conv, lr=1.0, weight_decay=0.0, momentum=0.0, dtype="float32", overrides=(override,))
+    update = moved(optimizer, conv.weight).T
+    for rows in (slice(0, 8), slice(8, 16), slice(16, 24)):
+        expected = orthogonalize(gradient[rows], dtype="float32") * scale_factor("moonlight", 8, 16)
+        torch.testing.assert_close(update[rows], expected, rtol=0, atol=1e-5)
+
+
 def test_the_full_matrix_comes_back_every_block_period_with_its_own_learning_rate():
     module, full, tiled = layer(12, 20), layer(12, 20), layer(12, 20)
     options = {"momentum": 0.0, "weight_decay": 0.0, "dtype": "float32"}

@@ -44,6 +44,8 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
         "normuon_beta": 0.9,
         "normuon_axis": "long",
         "idle": "move",
+        "betas": (0.8, 0.95),
+        "eps": 1e-10,
     },
 }
 """Names and options. Sources: torch: torch.optim.Muon; keller: KellerJordan/Muon muon.py; moonlight: MoonshotAI/Moonlight

@@ -1,0 +1,52 @@
+"""What the fast step leaves alone, and what it says then."""
+
+import subprocess
+import sys
+
+import torch
+from torch import nn
+
+from muonlab import Muon
+from muonlab.optim import kernels
+
+
+def optimizer_with(**options: object) -> Muon:
+    param = nn.Parameter(torch.randn(16, 24))
+    param.grad = torch.randn(16, 24)
+    return Muon([param], **options)
+
+
+def test_parameters_on_a_cpu_are_left_to_the_plain_path() -> None:
+    optimizer = optimizer_with()
+    work = [(group, list(group["params"])) for group in optimizer.param_groups]
+    assert kernels.step(optimizer, work, optimizer._state) is work
+
+
+def test_import_and_a_step_on_a_cpu_never_import_triton() -> None:
+    code = (
+        "import sys, torch, muonlab; p = torch.nn.Parameter(torch.ones(8, 8)); p.grad = torch.ones(8, 8);"
+        "muonlab.Muon([p]).step(); sys.exit('triton' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_option_that_the_kernels_do_not_know_is_named_and_not_ignored() -> None:
+    assert kernels._obstacle(optimizer_with(normuon_beta=0.95).param_groups) == "the option normuon_beta=0.95"
+    groups = optimizer_with().param_groups
+    groups[0]["an_option_of_tomorrow"] = 1
+    assert kernels._obstacle(groups) == "the option an_option_of_tomorrow=1"
+
+
+def test_every_option_of_a_plain_muon_is_known() -> None:
+    options = optimizer_with(block_size=8, heavy_ball=True, cautious_decay=True, scaled_decay=True, norm_eps=1e-7)
+    for group in options.param_groups:
+        unknown = set(group) - set(kernels._FOLLOWED) - set(kernels._NEUTRAL)
+        assert not unknown
+
+
+def test_double_precision_and_one_rate_for_each_matrix_are_named() -> None:
+    double = nn.Parameter(torch.randn(16, 24, dtype=torch.float64))
+    assert "float64" in str(kernels._obstacle(Muon([double]).param_groups))
+    groups = optimizer_with().param_groups
+    groups[0]["lr"] = torch.ones(3, 1, 1)
+    assert kernels._obstacle(groups) == "one lr for each matrix"
