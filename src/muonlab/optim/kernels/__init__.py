@@ -22,9 +22,10 @@ Work = list[tuple[dict[str, Any], list[Tensor]]]
 State = Callable[[Tensor, tuple[str, ...], str], dict[str, Any]]
 
 # Options of a group that the kernels follow, and options that they do not know but that change nothing at these values.
-_FOLLOWED = frozenset(
-    "params param_names reasons kind rule lr weight_decay cautious_decay view block_size block_lr updates momentum nesterov "
-    "heavy_ball momentum_dtype coefficients ns_steps scale scaled_decay norm_eps max_workspace_bytes betas eps".split()
+_FOLLOWED = (
+    *("params", "param_names", "reasons", "kind", "rule", "view", "updates"),
+    *("lr", "block_lr", "weight_decay", "cautious_decay", "scaled_decay", "scale", "block_size", "max_workspace_bytes"),
+    *("momentum", "nesterov", "heavy_ball", "momentum_dtype", "coefficients", "ns_steps", "norm_eps", "betas", "eps"),
 )
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "skip_nonfinite": (False,),
@@ -65,27 +66,30 @@ def step(optimizer: torch.optim.Optimizer, work: Work, state: State) -> Work:
         state: parameter, names of state tensors, dtype -> state of the parameter, made on first use.
     """
     first = next((param for _, params in work for param in params), None)
-    if first is None or not first.is_cuda:
+    covered = [group for group, _ in work if group["rule"] in ("muon", "adamw")]
+    if first is None or not first.is_cuda or not covered or torch.compiler.is_compiling():
         return work
     plans = _plans.setdefault(optimizer, _Plans())
     if plans.refused is not None:
         return work
-    covered = [group for group, _ in work if group["rule"] in ("muon", "adamw")]
     try:
-        if plans.current is None or not plans.current.holds(covered):
+        gradients = plans.current.gradients(covered, optimizer.state) if plans.current is not None else None
+        if gradients is None:
+            if torch.cuda.is_current_stream_capturing():
+                return work  # a plan cannot be made now: it waits for the device
             reason = _obstacle(covered)
             if reason is None and plans.made == _PLANS:
                 reason = "parameters, gradients or options that change their layout from step to step"
             if reason is not None:
                 return _refuse(plans, work, reason)
-            if torch.cuda.is_current_stream_capturing():
-                return work
             from muonlab.optim.kernels.fused import FusedStep
 
             plans.current = None  # frees its banks first
-            plans.current = FusedStep(covered, state)
+            plans.current = FusedStep(covered, optimizer.state, state)
             plans.made += 1
-        done = plans.current.run()
+            gradients = plans.current.gradients(covered, optimizer.state)
+            assert gradients is not None
+        done = plans.current.run(gradients)
     except Unsupported as error:
         return _refuse(plans, work, str(error))
     return [entry for entry in work if entry[0]["rule"] not in ("muon", "adamw")] if done else work
@@ -103,11 +107,7 @@ def _refuse(plans: _Plans, work: Work, reason: str) -> Work:
 
 def _obstacle(groups: list[dict[str, Any]]) -> str | None:
     """Why these groups cannot take the fast step, in a few words; None if they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "machines without triton"
     device = groups[0]["params"][0].device
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"GPUs older than Ampere ({torch.cuda.get_device_name(device)})"
     for group in groups:
         for name, value in group.items():
             if name in _FOLLOWED or name.startswith("initial_"):
@@ -127,4 +127,8 @@ def _obstacle(groups: list[dict[str, Any]]) -> str | None:
             for tensor in (param, param.grad):
                 if tensor is not None and (tensor.dtype not in _DTYPES or tensor.layout != torch.strided):
                     return f"tensors of {tensor.dtype}, {tensor.layout}"
+    if importlib.util.find_spec("triton") is None:
+        return "machines without triton"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"GPUs older than Ampere ({torch.cuda.get_device_name(device)})"
     return None

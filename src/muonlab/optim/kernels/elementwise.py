@@ -6,6 +6,9 @@ and state are reached through tables of addresses and strides; they are never co
 is absent: its tensor is left alone. All arithmetic is fp32.
 """
 
+# A kernel's arguments are Triton's values, which have no types in Python.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
 import triton
 import triton.language as tl
 

@@ -6,8 +6,9 @@ and the same graph is replayed. A parameter without a gradient has address 0 and
 """
 
 import math
+import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -28,35 +29,31 @@ class FusedStep:
 
     Args:
         groups: parameter groups of the optimizer, all on one CUDA device.
-        state: parameter, names of state tensors, dtype -> state of the parameter, made on first use.
+        states: the optimizer's `state`.
+        make: parameter, names of state tensors, dtype -> state of the parameter, made on first use.
 
     Raises:
         Unsupported: for what it does not cover, a kernel that does not compile, or too little memory; nothing has changed.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], state: State) -> None:
-        self._groups, self._make = groups, state
-        self._members = [(param, group) for group in groups for param in group["params"]]
-        self._device = self._members[0][0].device
+    def __init__(self, groups: list[dict[str, Any]], states: Mapping[Tensor, Any], make: State) -> None:
+        self._groups, self._states = groups, states
+        self._params = [list(group["params"]) for group in groups]
         self._signature = _signature(groups)
-        self._seen = [self._look(param, group) for param, group in self._members]
+        self._members = [_look(param, group, make) for group in groups for param in group["params"]]
+        self._device = self._members[0].param.device
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._uploaded: list[int] | None = None
+        self._gradients_now: list[int] | None = None
         self._hyper_now: list[float] | None = None
-
-        self._pointers = self._zeros(len(self._members), elementwise.POINTERS.value, dtype=torch.int64)
-        self._hyper = self._zeros(len(groups), elementwise.HYPER.value)
-        self._pinned = [
-            torch.empty(
-                len(self._members),
-                elementwise.POINTERS.value,
-                dtype=torch.int64,
-                pin_memory=self._device.type == "cuda",
-            )
-            for _ in range(_CAPTURES)
-        ]
-        self._captured: list[list[int]] = []
         self._launches: list[Callable[[], object]] = []
+
+        # Addresses of everything but the gradients, which may be others at every step.
+        self._fixed = torch.tensor([member.addresses() for member in self._members])
+        self._pointers = self._zeros(*self._fixed.shape, dtype=torch.int64)
+        self._hyper = self._zeros(len(groups), elementwise.HYPER.value)
+        pinned = self._device.type == "cuda"
+        self._spare = [torch.empty(self._fixed.shape, dtype=torch.int64, pin_memory=pinned) for _ in range(_CAPTURES)]
+        self._captured: list[tuple[list[int], Tensor]] = []
         try:
             self._plan_matrices()
             self._plan_entries()
@@ -65,29 +62,47 @@ class FusedStep:
         except Unsupported:
             raise
         except Exception as error:  # a compiler's failure may be of any kind
-            raise Unsupported(
-                f"this case ({type(error).__name__}: {str(error).strip().splitlines()[0][:100]})"
-            ) from error
+            reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:100]}"
+            raise Unsupported(f"this case ({reason})") from error
 
-    def holds(self, groups: list[dict[str, Any]]) -> bool:
-        """Whether the plan still describes the groups; gradients may have other addresses, not another layout."""
-        if len(groups) != len(self._groups) or any(a is not b for a, b in zip(groups, self._groups)):
-            return False
-        if _signature(groups) != self._signature:
-            return False
-        members = iter(zip(self._members, self._seen))
-        for group in self._groups:
-            for param in group["params"]:
-                (member, _), seen = next(members, ((None, None), None))
-                if member is not param or seen is None or not self._same(param, group, seen):
-                    return False
-        return next(members, None) is None
+    def gradients(self, groups: list[dict[str, Any]], states: Mapping[Tensor, Any]) -> list[int] | None:
+        """Addresses of all gradients (0: none); None where anything is not as it was planned for.
 
-    def run(self) -> bool:
-        """Makes the update; False, with nothing changed, where it cannot (too many captures with different addresses)."""
+        Runs at every step, so it compares what is cheap to compare: identities, addresses, strides.
+        """
+        if states is not self._states or len(groups) != len(self._groups) or _signature(groups) != self._signature:
+            return None
+        for group, own, params in zip(groups, self._groups, self._params):
+            if group is not own:
+                return None
+            if len(group["params"]) != len(params) or not all(map(operator.is_, group["params"], params)):
+                return None
+        found = []
+        for param, address, stride, layout, kept, _, _ in self._members:
+            grad = param.grad
+            if param.data_ptr() != address or param.stride() != stride:
+                return None
+            if grad is None:
+                found.append(0)
+                continue
+            if layout is None or grad.dtype is not layout[0] or grad.stride() != layout[1]:
+                return None
+            for state, name, value in kept:
+                if state.get(name) is not value:
+                    return None
+            found.append(grad.data_ptr())
+        return found
+
+    def run(self, gradients: list[int]) -> bool:
+        """Makes the update; False, with nothing changed, where a user's capture cannot hold it."""
         capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if not self._upload(capturing):
+        values, live = self._hyper_values()
+        if capturing and (values != self._hyper_now or not self._upload_captured(gradients)):
             return False
+        if not capturing:
+            self._upload(gradients, values)
+        for row, column, tensor in live:
+            self._hyper[row, column].copy_(tensor.view(()))
         if capturing or self._device.type != "cuda":
             self._launch()
             return True
@@ -103,79 +118,46 @@ class FusedStep:
         for launch in self._launches:
             launch()
 
-    # What must stay the same, and what may change.
+    # What may change from step to step.
 
-    def _look(self, param: Tensor, group: Mapping[str, Any]) -> tuple[Any, ...]:
-        grad = param.grad
-        layout = None if grad is None else (grad.dtype, grad.stride())
-        state = None if grad is None else self._state(param, group)
-        return param.data_ptr(), param.stride(), layout, state
+    def _upload(self, gradients: list[int], values: list[float]) -> None:
+        if gradients != self._gradients_now:
+            self._send(self._pointers, self._addresses(gradients))
+            self._gradients_now = gradients
+        if values != self._hyper_now:
+            self._send(self._hyper, torch.tensor(values))
+            self._hyper_now = values
 
-    def _same(self, param: Tensor, group: Mapping[str, Any], seen: tuple[Any, ...]) -> bool:
-        address, stride, layout, states = seen
-        if param.data_ptr() != address or param.stride() != stride:
-            return False
-        grad = param.grad
-        if grad is None:
-            return True
-        if layout is None or states is None or grad.dtype != layout[0] or grad.stride() != layout[1]:
-            return False
-        return all(own is value for own, value in zip(self._state(param, group), states))
-
-    def _state(self, param: Tensor, group: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """The state tensors in the order of the address table."""
-        names = _STATE[group["rule"]]
-        state = self._make(param, names, group.get("momentum_dtype", "auto"))
-        if group["rule"] == "adamw":
-            if "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            names = (*names, "step")
-        return tuple(state[name] for name in names)
-
-    def _addresses(self) -> list[int]:
-        flat: list[int] = []
-        for (param, _), (address, _, _, states) in zip(self._members, self._seen):
-            grad = param.grad
-            flat += (address, 0 if grad is None else grad.data_ptr())
-            pointers = [] if states is None else [value.data_ptr() for value in states]
-            flat += pointers + [0] * (elementwise.POINTERS.value - 2 - len(pointers))
-        return flat
-
-    def _upload(self, capturing: bool) -> bool:
-        addresses = self._addresses()
-        if capturing:
-            # The copy becomes part of the user's graph and reads the pinned table at every replay: each its own.
-            if addresses not in self._captured:
-                if len(self._captured) == _CAPTURES:
-                    return False
-                self._pinned[len(self._captured)].view(-1).copy_(torch.tensor(addresses))
-                self._captured.append(addresses)
-            self._pointers.copy_(self._pinned[self._captured.index(addresses)], non_blocking=True)
-            self._uploaded = None
-        elif addresses != self._uploaded:
-            self._send(self._pointers, torch.tensor(addresses))
-            self._uploaded = addresses
-        self._upload_hyper(capturing)
+    def _upload_captured(self, gradients: list[int]) -> bool:
+        # The copy becomes part of the user's graph and reads pinned memory at every replay: a table for each capture that
+        # has addresses of its own. Plain numbers of the groups are baked in, as they are in torch's own optimizers.
+        table = next((table for known, table in self._captured if known == gradients), None)
+        if table is None:
+            if not self._spare:
+                return False
+            table = self._spare.pop()
+            table.copy_(self._addresses(gradients))
+            self._captured.append((gradients, table))
+        self._pointers.copy_(table, non_blocking=True)
+        self._gradients_now = None
         return True
 
-    def _upload_hyper(self, capturing: bool) -> None:
+    def _addresses(self, gradients: list[int]) -> Tensor:
+        table = self._fixed.clone()
+        table[:, elementwise.GRAD.value] = torch.tensor(gradients)
+        return table
+
+    def _hyper_values(self) -> tuple[list[float], list[tuple[int, int, Tensor]]]:
+        """All hyper-parameters, and where in their table those are that live on the device."""
         values: list[float] = []
         live: list[tuple[int, int, Tensor]] = []
         for row, group in enumerate(self._groups):
             for column, value in enumerate(_hyper(group)):
-                if isinstance(value, Tensor) and value.is_cuda:
+                on_device = isinstance(value, Tensor) and value.is_cuda
+                if on_device:
                     live.append((row, column, value))
-                    value = 0.0
-                values.append(float(value))
-        if values != self._hyper_now:
-            if capturing:
-                raise RuntimeError(
-                    "a learning rate, weight decay or momentum changed during capture: use tensors for them"
-                )
-            self._send(self._hyper, torch.tensor(values))
-            self._hyper_now = values
-        for row, column, tensor in live:
-            self._hyper[row, column].copy_(tensor.view(()))
+                values.append(0.0 if on_device else float(value))
+        return values, live
 
     def _send(self, target: Tensor, values: Tensor) -> None:
         values = values.view(target.shape)
@@ -194,15 +176,17 @@ class FusedStep:
 
     def _plan_matrices(self) -> None:
         found: list[Matrix] = []
-        indices = {id(group): i for i, group in enumerate(self._groups)}
-        for owner, ((param, group), seen) in enumerate(zip(self._members, self._seen)):
+        for owner, member in enumerate(self._members):
+            group = member.group
             if group["rule"] == "muon":
                 view = tuple(group["view"]) + ((("tiles", group["block_size"]),) if group["block_size"] else ())
-                momentum = None if seen[3] is None else seen[3][0]
-                part = tables.matrices_of(param, param.grad, momentum, view, owner, indices[id(group)], group)
-                if part is None:
+                momentum = member.kept[0][2] if member.kept else None
+                own = tables.matrices_of(
+                    member.param, member.param.grad, momentum, view, owner, _index(self._groups, group), group
+                )
+                if own is None:
                     raise Unsupported("a view of a gradient that needs a copy")
-                found += part
+                found += own
         if not found:
             return
         ordered = tables.in_order(found)
@@ -292,28 +276,27 @@ class FusedStep:
         )  # fmt: skip
 
     def _plan_entries(self) -> None:
-        indices = {id(group): i for i, group in enumerate(self._groups)}
         sizes = torch.zeros(len(self._members), 2, dtype=torch.int64)
         kinds: dict[tuple[Any, ...], list[int]] = {}
-        for owner, ((param, group), seen) in enumerate(zip(self._members, self._seen)):
-            if group["rule"] != "adamw" or seen[3] is None:
-                continue
+        for owner, (param, _, stride, _, kept, group, _) in enumerate(self._members):
             grad = param.grad
-            assert grad is not None
-            if len({tensor.stride() for tensor in (param, grad, *seen[3][:2])}) > 1 or not _dense(param):
+            if group["rule"] != "adamw" or grad is None:
+                continue
+            tensors = (param, grad, kept[0][2], kept[1][2])
+            if any(tensor.stride() != stride for tensor in tensors) or not _dense(param):
                 raise Unsupported("a gradient that lies in memory in another order than its parameter")
-            sizes[owner, 0], sizes[owner, 1] = param.numel(), indices[id(group)]
-            even = param.numel() % 16 == 0 and all(p.data_ptr() % 16 == 0 for p in (param, grad, *seen[3][:2]))
-            key = (param.dtype, grad.dtype, seen[3][0].dtype, bool(group["cautious_decay"]), 16 if even else 1)
+            sizes[owner] = torch.tensor([param.numel(), _index(self._groups, group)])
+            even = param.numel() % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+            key = (param.dtype, grad.dtype, kept[0][2].dtype, bool(group["cautious_decay"]), 16 if even else 1)
             kinds.setdefault(key, []).append(owner)
         if not kinds:
             return
         sizes = sizes.to(self._device)
         count = len(self._members)
-        adamw = torch.tensor([group["rule"] == "adamw" for _, group in self._members], device=self._device)
-        self._launches.append(lambda: elementwise.count_kernel[(count,)](self._pointers, adamw, 0))
+        counts = torch.tensor([member.group["rule"] == "adamw" for member in self._members]).to(self._device)
+        self._launches.append(lambda: elementwise.count_kernel[(count,)](self._pointers, counts, 0))
         for (param_type, grad_type, state_type, cautious, align), owners in kinds.items():
-            chunks, starts = tables.chunks_of([self._members[owner][0].numel() for owner in owners], elementwise.CHUNK)
+            chunks, starts = tables.chunks_of([self._members[i].param.numel() for i in owners], elementwise.CHUNK)
             chunks[:, 0] = torch.tensor(owners, dtype=torch.int32)[chunks[:, 0].long()]
             self._launches.append(
                 _bound(
@@ -322,6 +305,45 @@ class FusedStep:
                     (_TYPES[param_type], _TYPES[grad_type], _TYPES[state_type], cautious, align, elementwise.CHUNK),
                 )
             )
+
+
+def _look(param: Tensor, group: dict[str, Any], make: State) -> "_Member":
+    grad = param.grad
+    if grad is None:
+        return _Member(param, param.data_ptr(), param.stride(), None, (), group, ())
+    names = _STATE[group["rule"]]
+    state = make(param, names, group.get("momentum_dtype", "auto"))
+    if group["rule"] == "adamw":
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+        names = (*names, "step")
+    kept = tuple((state, name, state[name]) for name in names)
+    layout = (grad.dtype, grad.stride())
+    return _Member(
+        param, param.data_ptr(), param.stride(), layout, kept, group, tuple(t.data_ptr() for _, _, t in kept)
+    )
+
+
+class _Member(NamedTuple):
+    """A parameter as it was when the plan was made."""
+
+    param: Tensor
+    address: int
+    stride: tuple[int, ...]
+    layout: tuple[torch.dtype, tuple[int, ...]] | None
+    """Of the gradient; None if there was none."""
+    kept: tuple[tuple[dict[str, Any], str, Tensor], ...]
+    """State tensors in the order of the address table, each with the dictionary that holds it."""
+    group: dict[str, Any]
+    places: tuple[int, ...]
+
+    def addresses(self) -> list[int]:
+        """A row of the address table, without the gradient."""
+        return [self.address, 0, *self.places, *[0] * (elementwise.POINTERS.value - 2 - len(self.places))]
+
+
+def _index(groups: list[dict[str, Any]], group: dict[str, Any]) -> int:
+    return next(i for i, other in enumerate(groups) if other is group)
 
 
 def _bound(kernel: Callable[..., object], arguments: tuple[Any, ...], flags: tuple[Any, ...]) -> Callable[[], object]:
@@ -359,7 +381,7 @@ def _signature(groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 def _gain(matrix: Matrix) -> float:
     """Norm that a cast matrix should have: entries of about 1 lie in the middle of fp16's range."""
-    return 2.0 ** (math.log2(matrix.rows * matrix.cols) // 2)
+    return float(2.0 ** (math.log2(matrix.rows * matrix.cols) // 2))
 
 
 def _dense(tensor: Tensor) -> bool:

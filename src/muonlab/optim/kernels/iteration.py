@@ -132,7 +132,7 @@ def iterate(
 
 
 def _gram(section: Section, out: Symmetric, scale: Tensor | None, keep_rest: bool) -> None:
-    k, rows, pitch = section.x.shape
+    k, rows, _ = section.x.shape
     m, n = min(rows, section.cols), max(rows, section.cols)
     target = out.part(section.first, k)
     products.gram_kernel[lambda meta: (_triangle(m, meta["BLOCK"]), k)](
@@ -201,7 +201,7 @@ def _product(a: Symmetric, section: Section, scale: Tensor | None) -> None:
 
 
 def _triangle(m: int, block: int) -> int:
-    tiles = triton.cdiv(m, block)
+    tiles = -(-m // block)
     return tiles * (tiles + 1) // 2
 
 

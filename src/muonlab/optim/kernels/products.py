@@ -1,9 +1,9 @@
 """Triton kernels for the products of the polar iteration, on stacks of matrices in banks.
 
-A symmetric matrix S [m, m] is kept in parts, because its rounding decides how accurate the iteration is:
-its entries off the diagonal in half precision (`off`, zeros on the diagonal), its diagonal in fp32 (`diagonal`), and, where
-it is added again later, what rounding took away (`rest`, lower triangle only and zero on the diagonal, times `REST`). Of a symmetric product only
-the lower triangle is computed; the upper one is its mirror image.
+A symmetric matrix S [m, m] is kept in parts, because its rounding decides how accurate the iteration is: its entries off
+the diagonal in half precision (`off`, zeros on the diagonal), its diagonal in fp32 (`diagonal`), and, where it is added
+again later, what rounding took away (`rest`, times `REST`, tiles of the lower triangle only). Of a symmetric product only
+the tiles of the lower triangle are computed; the upper ones are their mirror images.
 
     gram_kernel        R = alpha * X X^T                                  (X^T X for tall X)
     symmetric_kernel   C = alpha * A B + beta * B + gamma * I             (A, B symmetric and commuting)
@@ -11,6 +11,9 @@ the lower triangle is computed; the upper one is its mirror image.
 
 Descriptors are `[k, rows, cols]` stacks read in tiles; what lies outside a matrix reads as zero.
 """
+
+# A kernel's arguments are Triton's values, which have no types in Python.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import os
 
@@ -38,34 +41,29 @@ def _tile_product(arguments):
     arguments["x"].block_shape = [1, depth, breadth] if arguments["WIDE"] else [1, block, depth]
 
 
-def _square(pre_hook):
-    tiles = [(128, 64, 4, 3), (128, 64, 8, 4), (128, 128, 8, 3), (64, 64, 4, 4)]
-    tiles = [(32, 32, 4, 1)] if _INTERPRETED else tiles
+def _configs(names, tiles, pre_hook):
+    """Tiles, warps and stages to choose from."""
+    tiles = [((32,) * len(names), 4, 1)] if _INTERPRETED else tiles
     return [
-        triton.Config({"BLOCK": block, "DEPTH": depth}, num_warps=warps, num_stages=stages, pre_hook=pre_hook)
-        for block, depth, warps, stages in tiles
+        triton.Config(dict(zip(names, tile)), num_warps=warps, num_stages=stages, pre_hook=pre_hook)
+        for tile, warps, stages in tiles
     ]
+
+
+def _square(pre_hook):
+    tiles = [((128, 64), 4, 3), ((128, 64), 8, 4), ((128, 128), 8, 3), ((64, 64), 4, 4)]
+    return _configs(("BLOCK", "DEPTH"), tiles, pre_hook)
 
 
 def _rectangular(pre_hook):
     tiles = [
-        (128, 256, 64, 8, 3),
-        (128, 256, 64, 8, 4),
-        (256, 128, 64, 8, 3),
-        (128, 128, 64, 8, 3),
-        (128, 128, 64, 4, 3),
-        (64, 64, 64, 4, 4),
+        ((128, 128, 64), 4, 3),
+        ((128, 128, 64), 8, 3),
+        ((128, 256, 64), 8, 4),
+        ((256, 128, 64), 8, 3),
+        ((64, 64, 64), 4, 4),
     ]
-    tiles = [(32, 32, 32, 4, 1)] if _INTERPRETED else tiles
-    return [
-        triton.Config(
-            {"BLOCK": block, "BREADTH": breadth, "DEPTH": depth},
-            num_warps=warps,
-            num_stages=stages,
-            pre_hook=pre_hook,
-        )
-        for block, breadth, depth, warps, stages in tiles
-    ]
+    return _configs(("BLOCK", "BREADTH", "DEPTH"), tiles, pre_hook)
 
 
 def _time(call, quantiles):
