@@ -245,6 +245,32 @@ def hugging_face_llama():
     )
 
 
+def test_attention_and_recurrent_layers_of_torch_are_split_into_their_projections_and_gates():
+    model = nn.ModuleDict(
+        {
+            "encoder": nn.TransformerEncoderLayer(16, 2, 32),
+            "cross": nn.MultiheadAttention(16, 2, kdim=8, vdim=8, bias=False),
+            "lstm": nn.LSTM(16, 8, proj_size=0),
+            "rnn": nn.RNN(16, 8),
+        }
+    )
+    views = {row["name"]: row["view"] for row in Muon(model, strict=True).routing().rows if row["rule"] == "muon"}
+    assert views == {
+        "encoder.self_attn.in_proj_weight": "split 0 (16, 16, 16)",
+        "encoder.self_attn.out_proj.weight": "matrix",
+        "encoder.linear1.weight": "matrix",
+        "encoder.linear2.weight": "matrix",
+        "cross.q_proj_weight": "matrix",
+        "cross.k_proj_weight": "matrix",
+        "cross.v_proj_weight": "matrix",
+        "cross.out_proj.weight": "matrix",
+        "lstm.weight_ih_l0": "split 0 (8, 8, 8, 8)",
+        "lstm.weight_hh_l0": "split 0 (8, 8, 8, 8)",
+        "rnn.weight_ih_l0": "matrix",
+        "rnn.weight_hh_l0": "matrix",
+    }
+
+
 def test_a_tied_weight_is_an_embedding_once():
     routed = kinds(language_model(tied=True))
     assert routed == {"wte.weight": "embedding", "body.weight": "hidden", "body.bias": "vector"}

@@ -53,8 +53,8 @@ class RoutingTable:
 def route(model: nn.Module, overrides: Sequence[Override] = (), strict: bool = False) -> list[Route]:
     """One `Route` for every parameter of `model` that wants a gradient, in the order of `model.named_parameters()`.
 
-    Precedence: override > embedding module, or a parameter tied between modules > output embeddings > router > linear layer,
-    convolution, transformers' Conv1D, expert stack > fewer than two dimensions. What is none of these is an unknown: it is
+    Precedence: override > embedding module, or a parameter tied between modules > output embeddings > router > fewer than two
+    dimensions > linear layer, convolution, attention, recurrent layer, transformers' Conv1D, expert stack. What is none of these is an unknown: it is
     treated as a vector, and one warning names them all (`strict`: an InputError).
     """
     owners = _owners(model)
@@ -132,6 +132,12 @@ def _decide(param: Tensor, owners: list[Owner], heads: set[int], routers: set[in
     if isinstance(module, nn.modules.conv._ConvNd) and local == "weight":
         operation = "conv_transpose" if module.transposed else "conv"
         return "hidden", ((operation, module.groups),), "convolution"
+    if isinstance(module, nn.MultiheadAttention) and local.endswith("proj_weight"):
+        width = module.embed_dim
+        return "hidden", (("split", 0, (width,) * 3),) if local == "in_proj_weight" else (), "attention projection"
+    if isinstance(module, nn.RNNBase) and local.startswith("weight"):
+        gates = param.shape[0] // module.hidden_size
+        return "hidden", (("split", 0, (module.hidden_size,) * gates),) if gates > 1 else (), "recurrent"
     if _is_transposed_linear(module) and local == "weight":
         return "hidden", (("transpose",),), "linear, transposed"
     if _expert_stack(module) is not None and param.shape[0] == _expert_count(module):

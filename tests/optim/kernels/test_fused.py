@@ -1,0 +1,198 @@
+"""The kernels against fp64 and against the plain step: on a GPU as they are, elsewhere in Triton's interpreter."""
+
+import importlib.util
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from muonlab import Muon
+from muonlab.optim import kernels
+from muonlab.optim.coefficients import resolve
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        import numpy
+
+        if tuple(int(part) for part in numpy.__version__.split(".")[:2]) >= (2, 4):
+            pytest.skip("Triton's interpreter needs numpy < 2.4", allow_module_level=True)
+    except ImportError:
+        pytest.skip("Triton's interpreter needs numpy", allow_module_level=True)
+DEVICE = torch.device("cuda" if GPU else "cpu")
+SPECTRA = (0.0, -1.0, -3.0, -5.0, -7.0)
+# An interpreted program takes milliseconds for what a GPU does in nanoseconds.
+SHAPES = ((384, 1536), (1792, 896), (128, 300)) if GPU else ((24, 40), (40, 24))
+SHAPE, OTHER = ((256, 300), (4, 64, 96)) if GPU else ((24, 40), (2, 16, 24))
+
+
+class Fused:
+    """Steps an optimizer through `FusedStep` whatever the device."""
+
+    def __init__(self, optimizer: Muon) -> None:
+        from muonlab.optim.kernels.fused import FusedStep
+
+        self.optimizer, self.make, self.plan, self.plans = optimizer, FusedStep, None, 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        groups, states = self.optimizer.param_groups, self.optimizer.state
+        gradients = self.plan and self.plan.gradients(groups, states)
+        if gradients is None:
+            self.plan = self.make(groups, states, self.optimizer._state)
+            self.plans += 1
+            gradients = self.plan.gradients(groups, states)
+        assert self.plan.run(gradients)
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Muon.step()` takes the plain path."""
+    monkeypatch.setattr(kernels, "step", lambda optimizer, work, state: work)
+
+
+def polynomial(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The standard iteration, normalised in fp64 and iterated in `dtype`."""
+    x = x.double() / x.double().norm()
+    wide = (x.mT if x.shape[0] > x.shape[1] else x).to(dtype)
+    for a, b, c in resolve("polar_express").steps:
+        gram = wide @ wide.mT
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return (wide.mT if x.shape[0] > x.shape[1] else wide).double()
+
+
+def log_spaced(rows: int, cols: int, decades: float) -> Tensor:
+    size = min(rows, cols)
+    u = torch.linalg.qr(torch.randn(rows, size, dtype=torch.float64))[0]
+    v = torch.linalg.qr(torch.randn(cols, size, dtype=torch.float64))[0]
+    return ((u * torch.logspace(0, decades, size, dtype=torch.float64)) @ v.mT).float().to(DEVICE)
+
+
+def params_like(shapes: tuple[tuple[int, ...], ...]) -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    return [nn.Parameter(torch.randn(shape).to(DEVICE)) for shape in shapes]
+
+
+def relative(x: Tensor, y: Tensor) -> float:
+    return float((x - y).norm() / y.norm())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_error_of_the_update_is_at_most_that_of_the_standard_fp16_iteration_and_never_above_3_percent(
+    shape: tuple[int, int],
+) -> None:
+    torch.manual_seed(1)
+    params = [nn.Parameter(torch.zeros(shape, device=DEVICE)) for _ in SPECTRA]
+    for param, decades in zip(params, SPECTRA):
+        param.grad = 1e-3 * log_spaced(*shape, decades)
+    options = {"coefficients": "polar_express", "scale": "none", "momentum": 0.0, "nesterov": False}
+    Fused(Muon(params, lr=1.0, weight_decay=0.0, norm_eps=0.0, **options)).step()
+    for param, decades in zip(params, SPECTRA):
+        assert param.grad is not None
+        exact = polynomial(param.grad, torch.float64)
+        error = relative(-param.data.double(), exact)
+        assert error <= 1.2 * relative(polynomial(param.grad, torch.float16), exact) + 1e-4, decades
+        assert error <= 0.03 or min(shape) < 100, decades
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "heavy ball, no nesterov, cautious": {"heavy_ball": True, "nesterov": False, "cautious_decay": True},
+    "tiles": {"block_size": 16, "scaled_decay": True},
+    "bf16 momentum, idle moves": {"momentum_dtype": "bfloat16", "idle": "move"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.usefixtures("plain")
+def test_steps_equal_the_plain_ones_for_moving_transposed_vanishing_and_idle_gradients(name: str) -> None:
+    shapes = (SHAPE, SHAPE[::-1], OTHER, (16, 20), (33,), (64,))
+    ours, theirs = params_like(shapes), params_like(shapes)
+    fused = Fused(Muon(ours, lr=0.02, **OPTIONS[name]))
+    plain = Muon(theirs, lr=0.02, dtype="float32", **OPTIONS[name])
+    for step in range(3):
+        torch.manual_seed(10 + step)
+        for i, (mine, other) in enumerate(zip(ours, theirs)):
+            # Norms that jump by a factor of 1e6, an idle expert, rows without a gradient, another layout.
+            grad = torch.randn(mine.shape).to(DEVICE) * 1e-6**step
+            if i == 0 and step == 1:
+                grad = grad.mT.contiguous().mT
+            if i == 1:
+                grad[:8] = 0
+            if i == 2:
+                grad[1] = 0
+            mine.grad, other.grad = grad, grad.clone()
+            if i in (3, 5) and step == 2:
+                mine.grad = other.grad = None
+        for group in (*fused.optimizer.param_groups, *plain.param_groups):
+            group["lr"] = 0.02 / (1 + step)
+        fused.step()
+        plain.step()
+    for mine, other in zip(ours, theirs):
+        assert relative(mine.data, other.data) < 2e-4
+        for key, value in plain.state[other].items():
+            assert fused.optimizer.state[mine][key].float() == pytest.approx(value.float(), rel=1e-2, abs=1e-9) or (
+                relative(fused.optimizer.state[mine][key].float(), value.float()) < (0.01 if "bf16" in name else 1e-5)
+            )
+
+
+def test_a_matrix_with_a_nan_becomes_nan_and_its_neighbour_does_not() -> None:
+    params = params_like((SHAPE, SHAPE))
+    for param in params:
+        param.grad = torch.randn_like(param)
+    params[0].grad[0, 0] = torch.nan
+    fused = Fused(Muon(params, lr=0.1))
+    fused.step()
+    assert params[0].isnan().all()
+    assert params[1].isfinite().all()
+
+
+def test_the_size_of_the_gradient_does_not_matter_over_60_decades() -> None:
+    results = []
+    for size in (1e-30, 1.0, 1e30):
+        (param,) = params_like((SHAPE,))
+        torch.manual_seed(3)
+        param.grad = torch.randn(SHAPE).to(DEVICE) * size
+        Fused(Muon([param], lr=0.1, weight_decay=0.0, norm_eps=0.0)).step()
+        results.append(param.data.clone())
+    assert relative(results[0], results[1]) < 1e-4
+    assert relative(results[2], results[1]) < 1e-4
+
+
+def test_new_addresses_need_no_new_plan_and_a_new_layout_does() -> None:
+    (param,) = params_like((SHAPE,))
+    fused = Fused(Muon([param], lr=0.1))
+    for grad in (torch.randn_like(param), torch.randn_like(param), None, torch.randn_like(param)):
+        param.grad = grad
+        fused.step()
+    assert fused.plans == 1
+    param.grad = torch.randn_like(param).mT.contiguous().mT
+    fused.step()
+    assert fused.plans == 2
+
+
+def test_loaded_state_is_used() -> None:
+    ours, theirs = params_like((SHAPE, (33,))), params_like((SHAPE, (33,)))
+    first, second = Fused(Muon(ours, lr=0.1)), Fused(Muon(theirs, lr=0.1))
+    for step in range(3):
+        for mine, other in zip(ours, theirs):
+            torch.manual_seed(step)
+            mine.grad = torch.randn(mine.shape).to(DEVICE)
+            other.grad = mine.grad.clone()
+        first.step()
+        if step < 2:
+            second.step()
+        if step == 1:  # a detour that loading has to undo
+            saved = {"state": first.optimizer.state_dict(), "params": [param.detach().clone() for param in ours]}
+            second.step()
+            second.optimizer.load_state_dict(saved["state"])
+            for param, value in zip(theirs, saved["params"]):
+                param.data.copy_(value)
+    second.step()
+    for mine, other in zip(ours, theirs):
+        assert relative(other.data, mine.data) < 1e-6
