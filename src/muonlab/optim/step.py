@@ -116,7 +116,7 @@ def update_matrices(
 
 def _active(grads: Tensor) -> Tensor | None:
     """1 for matrices with any gradient, 0 for idle ones, [k, 1, 1]; None if a CPU can tell that none is idle."""
-    active = grads.flatten(1).any(1)
+    active = grads.any(-1).any(-1)
     if grads.device.type == "cpu" and not torch.compiler.is_compiling() and bool(active.all()):
         return None
     return active.to(torch.float64 if grads.dtype == torch.float64 else torch.float32)[:, None, None]
