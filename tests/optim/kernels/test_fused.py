@@ -136,8 +136,8 @@ def test_steps_equal_the_plain_ones_for_moving_transposed_vanishing_and_idle_gra
     for mine, other in zip(ours, theirs):
         assert relative(mine.data, other.data) < 2e-4
         for key, value in plain.state[other].items():
-            assert fused.optimizer.state[mine][key].float() == pytest.approx(value.float(), rel=1e-2, abs=1e-9) or (
-                relative(fused.optimizer.state[mine][key].float(), value.float()) < (0.01 if "bf16" in name else 1e-5)
+            assert relative(fused.optimizer.state[mine][key].float(), value.float()) < (
+                0.01 if "bf16" in name else 1e-5
             )
 
 

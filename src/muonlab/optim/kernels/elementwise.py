@@ -174,7 +174,9 @@ def norm_kernel(
     root = tl.sqrt(tl.sum(total, axis=0))  # norm = divisor * root, which may itself be outside the range of fp32
     zero = root == 0
     root = tl.where(root * divisor < least, least / divisor, root)
-    wanted = tl.minimum(gain / tl.where(zero, 1.0, root) / divisor, 1e37)
+    wanted = tl.maximum(tl.minimum(gain / tl.where(zero, 1.0, root) / divisor, 1e37), 1e-37)
+    # A power of two: the cast then rounds the same way whatever the norm of the last update, also after a resume.
+    wanted = (wanted.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     used = tl.load(multiplier + matrix)
     drift = used * divisor * root / gain
     kept = ((drift > 0.015625) & (drift < 8.0)) | zero
