@@ -12,7 +12,7 @@ from torch import nn
 
 from muonlab import Muon
 from muonlab.errors import InputError
-from muonlab.optim import AdamWOptions, MuonOptions, build_optimizer, set_lr
+from muonlab.optim import AdamWOptions, MuonOptions, Override, build_optimizer, set_lr
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -224,6 +224,9 @@ def test_groups_added_later_are_routed_like_given_ones():
     before = later.detach().clone()
     optimizer.step()
     assert not torch.equal(later.detach(), before)
+    overridden = Muon(small_model(), overrides=(Override(name="1.weight", lr=0.5),))
+    overridden.add_param_group({"params": [later]})
+    assert overridden.param_groups[-1]["lr"] == 1e-3
 
 
 def test_groups_in_keller_jordans_form_are_understood():
@@ -241,6 +244,14 @@ def test_groups_in_keller_jordans_form_are_understood():
 def test_an_empty_group_among_others_is_no_mistake():
     optimizer = Muon([{"params": []}, {"params": [matrix(8, 8)]}])
     assert [len(group["params"]) for group in optimizer.param_groups] == [1]
+
+
+def test_overrides_reach_named_parameters_and_groups_of_them():
+    model = small_model()
+    override = Override(name="1.*", lr=0.5)
+    for params in (model.named_parameters(), [{"params": list(model.named_parameters())}]):
+        rates = {row["name"]: row["lr"] for row in Muon(params, overrides=(override,)).routing().rows}
+        assert (rates["1.weight"], rates["1.bias"], rates["4.weight"]) == (0.5, 0.5, 1e-3)
 
 
 def test_named_parameters_keep_their_names():
@@ -419,6 +430,9 @@ def test_a_step_never_asks_a_device_for_a_value(options):
         (lambda: Muon([{"params": []}, {"params": []}]), "no parameters"),
         (lambda: Muon([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))]), "complex"),
         (lambda: Muon([matrix(4, 4)] * 2), "given twice"),
+        (lambda: Muon([{"params": p} for p in [matrix(4, 4)] * 2]), "given twice"),
+        (lambda: Muon(small_model(), lr=torch.tensor(0.1), width_scaling=True), "give lr as a number"),
+        (lambda: Muon([matrix(4, 4)], overrides=(Override(name="x"),)), "matches no parameter"),
         (lambda: Muon([{"params": [matrix(4, 4)], "momentun": 0.9}]), "did you mean 'momentum'"),
         (lambda: Muon([{"lr": 0.1}]), "needs the key 'params'"),
         (lambda: Muon(["weight"]), "not a parameter"),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from muonlab.errors import InputError, unknown
 from muonlab.optim import rules
 from muonlab.optim.options import MuonOptions, OptimizerOptions
-from muonlab.optim.routing import Route, route
+from muonlab.optim.routing import Route, route, with_overrides
 from muonlab.optim.views import View, shapes
 
 _MUON = (
@@ -51,36 +51,38 @@ def plan(
         raise InputError("the optimizer got an empty list of parameters")
     if not isinstance(entries[0], dict):
         entries = [{"params": entries}]
-    groups: list[dict[str, Any]] = []
-    number = 0
+    given = []
+    routes: list[Route] = []
     for entry in entries:
-        routes, given = _given(dict(entry), number)
-        number += len(routes)
-        if not routes and len(entries) > 1:
-            continue  # a filter that found nothing is no mistake
-        live = given.pop("lr") if isinstance(given.get("lr"), Tensor) else None if "lr" in given else lr
-        groups += param_groups(routes, _with(options, given), hidden_rule, rule, live)
-    return groups or param_groups([], options, hidden_rule, rule)
+        own, fields_of_group = _given(dict(entry), len(routes))
+        given.append((len(own), fields_of_group))
+        routes += own
+    check(routes)
+    routes = with_overrides(routes, options.overrides)
+    groups: list[dict[str, Any]] = []
+    for count, fields_of_group in given:
+        own, routes = routes[:count], routes[count:]
+        own_lr = fields_of_group.get("lr")
+        live = fields_of_group.pop("lr") if isinstance(own_lr, Tensor) else lr if own_lr is None else None
+        if own:  # a filter that found nothing is no mistake
+            groups += param_groups(own, _with(options, fields_of_group), hidden_rule, rule, live)
+    return groups
 
 
 def param_groups(
     routes: list[Route], options: OptimizerOptions, hidden_rule: str, rule: str, lr: Tensor | None = None
 ) -> list[dict[str, Any]]:
     """One group for every different treatment, in the order in which they first occur."""
-    if not routes:
-        raise InputError("the optimizer got no parameters that want a gradient")
-    _check(routes)
+    check(routes)
+    if lr is not None and getattr(options, "width_scaling", False):
+        raise InputError("width_scaling multiplies learning rates: give lr as a number, not as a tensor")
     width = next((entry.param.shape[-1] for entry in routes if entry.kind == "embedding"), None)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for entry in routes:
         used, reason = _rule_for(entry, options, hidden_rule, rule)
         muon = used == "muon"
         view: View = entry.view if muon else ()
-        size = (
-            (entry.block_size if entry.block_size is not None else getattr(options, "block_size", None))
-            if muon
-            else None
-        )
+        size = getattr(options, "block_size", None) if entry.block_size is None else entry.block_size
         key = (entry.kind, used, view, size, entry.lr, entry.weight_decay)
         if key not in groups:
             rate = options.lr_of(entry.kind) if entry.lr is None else entry.lr
@@ -128,7 +130,10 @@ def _rule_options(options: OptimizerOptions, rule: str) -> dict[str, Any]:
     return {name: getattr(options, name) for name in _MUON} if rule == "muon" else {}
 
 
-def _check(routes: list[Route]) -> None:
+def check(routes: list[Route]) -> None:
+    """InputError for no parameters, complex ones, the same one twice, and things that are no parameters."""
+    if not routes:
+        raise InputError("the optimizer got no parameters that want a gradient")
     seen: dict[int, str] = {}
     for entry in routes:
         if not isinstance(entry.param, Tensor):

@@ -5,6 +5,7 @@ updated together as one stack by `step.update_matrices`; entries of all other pa
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
@@ -52,8 +53,11 @@ class HybridOptimizer(torch.optim.Optimizer):
         return table_of(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds parameters later, as torch does: matrices and vectors of one group may become several groups."""
-        for group in [param_group] if "rule" in param_group else plan([param_group], self._options, *self._rules):
+        """Adds parameters later, as torch does: matrices and vectors of one group may become several groups.
+
+        Overrides are for the parameters that the optimizer was made with."""
+        options = replace(self._options, overrides=())
+        for group in [param_group] if "rule" in param_group else plan([param_group], options, *self._rules):
             super().add_param_group(group)
 
     @overload

@@ -1,7 +1,7 @@
 """Which rule updates which parameter: decided from the module that owns it, never from its name or rank alone."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -61,23 +61,37 @@ def route(model: nn.Module, overrides: Sequence[Override] = (), strict: bool = F
     heads = _output_embeddings(model)
     routers = _routers(model)
     routes = []
-    used: set[int] = set()
     for name, param in model.named_parameters():
         if param.requires_grad:
             kind, view, reason = _decide(param, owners[id(param)], heads, routers)
-            entry = Route(name=name, param=param, kind=kind, view=view, reason=reason)
-            for i, override in enumerate(overrides):
-                classes = [type(module).__name__ for module, _ in owners[id(param)]]
-                if fnmatchcase(name, override.name) and any(fnmatchcase(cls, override.module) for cls in classes):
-                    entry = overridden(entry, override)
-                    used.add(i)
-            routes.append(entry)
-    for i, override in enumerate(overrides):
-        if i not in used:
+            routes.append(Route(name=name, param=param, kind=kind, view=view, reason=reason))
+    classes = {key: [type(module).__name__ for module, _ in modules] for key, modules in owners.items()}
+    routes = with_overrides(routes, overrides, classes)
+    _report_unknown([entry.name for entry in routes if entry.reason == "unknown"], strict)
+    return routes
+
+
+def with_overrides(
+    routes: list[Route], overrides: Sequence[Override], classes: Mapping[int, list[str]] | None = None
+) -> list[Route]:
+    """`routes` with the overrides that match them; InputError for one that matches none.
+
+    `classes`: id of a parameter -> class names of the modules that hold it; unknown for parameters without a module.
+    """
+    for override in overrides:
+        matches = [
+            fnmatchcase(entry.name, override.name)
+            and (
+                override.module == "*"
+                or any(fnmatchcase(c, override.module) for c in (classes or {}).get(id(entry.param), []))
+            )
+            for entry in routes
+        ]
+        if not any(matches):
             raise InputError(
                 f"the override for name {override.name!r}, module {override.module!r} matches no parameter"
             )
-    _report_unknown([entry.name for entry in routes if entry.reason == "unknown"], strict)
+        routes = [overridden(entry, override) if hit else entry for entry, hit in zip(routes, matches)]
     return routes
 
 
