@@ -52,6 +52,29 @@ def test_head_gradients_are_exact_for_any_upstream_gradient(chunk_bytes: int, wh
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("chunk_bytes", CHUNKS)
+def test_gradients_made_ahead_are_exact_where_every_token_counts_the_same(chunk_bytes: int) -> None:
+    h, weight, targets = problem()
+
+    def value(target: torch.Tensor, lse: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        return 3.7 * (lse - target + 0.1 * (target - mean)).mean()
+
+    ours = torch.autograd.grad(value(*head_stats(h, weight, targets, chunk_bytes, True)[:3]), [h, weight])
+    theirs = torch.autograd.grad(value(*plain(h, weight, targets)[:3]), [h, weight])
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_a_loss_that_breaks_the_promise_of_equal_weights_is_an_error_and_nan_is_not() -> None:
+    h, weight, targets = problem()
+    stats = head_stats(h, weight, targets, equal_weights=True)
+    with pytest.raises(RuntimeError, match="weighs tokens differently"):
+        stats.lse.square().sum().backward()
+    stats = head_stats(h * torch.nan, weight, targets, equal_weights=True)
+    (grad,) = torch.autograd.grad((stats.lse.mean() * torch.nan), h)
+    assert grad.isnan().all()
+
+
 @pytest.mark.parametrize("chunk_bytes", [4 * V * 7, 4 * V * N])
 def test_head_in_fp32_is_as_exact_as_torchs_cross_entropy(chunk_bytes: int) -> None:
     h, weight, targets = problem(torch.float32)

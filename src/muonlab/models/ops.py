@@ -17,7 +17,9 @@ class HeadStats(NamedTuple):
     correct: Tensor  # [N] bool: no other id has a larger logit (at ties: the first such id)
 
 
-def head_stats(h: Tensor, weight: Tensor, targets: Tensor, chunk_bytes: int = 32 * 2**20) -> HeadStats:
+def head_stats(
+    h: Tensor, weight: Tensor, targets: Tensor, chunk_bytes: int = 32 * 2**20, equal_weights: bool = False
+) -> HeadStats:
     """Statistics of the logits `h @ weight.T`, with exact gradients and never more than `chunk_bytes` of logits alive.
 
     Args:
@@ -26,13 +28,17 @@ def head_stats(h: Tensor, weight: Tensor, targets: Tensor, chunk_bytes: int = 32
         targets: token ids [N] int64.
         chunk_bytes: bytes of logits alive at any time (at least one token's). When all logits fit, they are kept for
             the backward pass; else they are computed again there, chunk by chunk.
+        equal_weights: promise that the loss weighs every token's `lse` the same (a mean of cross-entropies, smoothed or
+            not). Its gradient is then made chunk by chunk in the forward pass, no logits are kept and none computed
+            twice. Breaking the promise is an error in the backward pass.
 
     Returns:
         Sums and logits in fp32 (fp64 for fp64 input), differentiable in `h` and `weight` except `correct`.
     """
     h = h.to(autocast_dtype(h))
     with without_autocast(h):
-        target_logit, lse, correct, _ = _Head.apply(h, weight, targets, chunk_bytes)  # type: ignore[no-untyped-call]
+        ahead = equal_weights and torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
+        target_logit, lse, correct, *_ = _Head.apply(h, weight, targets, chunk_bytes, ahead)  # type: ignore[no-untyped-call]
         # linear in the logits, so it needs none of them: mean(W h) = mean(W) h
         mean_logit = at_least_fp32(h) @ at_least_fp32(weight).mean(0)
     return HeadStats(target_logit, lse, mean_logit, correct)
@@ -132,17 +138,21 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Head(torch.autograd.Function):
-    """(target_logit, lse, correct, softmax of all tokens if it may be kept, else empty).
+    """(target_logit, lse, correct, kept, expected, product); the last three are for the backward pass, or empty.
 
-    With p the softmax, d lse / d logits = p. The upstream gradient of a token scales its row, so it is applied to rows
-    of width d before and after the matmuls: the backward pass touches the logits in matmuls only.
+    With p the softmax [N, V], d lse / d logits = p. `kept` is p where all of it may be kept. `ahead` makes what the
+    backward pass needs of it at once: `expected` = p @ weight [N, d], the gradient of lse in h, and `product` = p.T @ h
+    [V, d], the gradient of the sum of all lse in weight. Otherwise the upstream gradient of a token scales its row, so it
+    is applied to rows of width d before and after the matmuls: the backward pass touches the logits in matmuls only.
     """
 
     @staticmethod
-    def forward(h: Tensor, weight: Tensor, targets: Tensor, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(h: Tensor, weight: Tensor, targets: Tensor, chunk_bytes: int, ahead: bool) -> tuple[Tensor, ...]:
         n, weight = h.shape[0], weight.to(h.dtype)
         dtype = torch.promote_types(h.dtype, torch.float32)
         target_logit, lse, kept = (torch.empty(size, dtype=dtype, device=h.device) for size in (n, n, 0))
+        expected = torch.empty(h.shape if ahead else 0, dtype=dtype, device=h.device)
+        product = torch.zeros(weight.shape if ahead else 0, dtype=dtype, device=h.device)
         correct = torch.empty(n, dtype=torch.bool, device=h.device)
         chunks = _chunks(n, weight.shape[0], dtype, chunk_bytes)
         for part in chunks:
@@ -153,22 +163,27 @@ class _Head(torch.autograd.Function):
             torch.softmax(logits, -1, out=logits)
             # the largest probability is at least 1/V: its logarithm loses nothing
             lse[part] = largest - logits.gather(1, where[:, None]).squeeze(1).log()
-            if len(chunks) == 1:
+            if ahead:
+                p = logits.to(h.dtype)
+                expected[part] = _matmul(p, weight)
+                _add_product(product, p, h[part])
+                del p
+            elif len(chunks) == 1:
                 kept = logits
             del logits  # before the next chunk's are made
-        return target_logit, lse, correct, kept
+        return target_logit, lse, correct, kept, expected, product
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        h, weight, targets, ctx.chunk_bytes = inputs
-        _, lse, correct, kept = output
-        ctx.mark_non_differentiable(correct, kept)
+        h, weight, targets, ctx.chunk_bytes, ctx.ahead = inputs
+        _, lse, correct, kept, expected, product = output
+        ctx.mark_non_differentiable(correct, kept, expected, product)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(h, weight, targets, lse, kept)
+        ctx.save_for_backward(h, weight, targets, lse, kept, expected, product)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
-        h, weight, targets, lse, kept = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        h, weight, targets, lse, kept, expected, product = ctx.saved_tensors
         grad_target, grad_lse = grads[:2]
         low = weight.to(h.dtype)
         grad_h, grad_weight = torch.zeros_like(h, dtype=lse.dtype), torch.zeros_like(weight, dtype=lse.dtype)
@@ -176,7 +191,12 @@ class _Head(torch.autograd.Function):
             if grad_target is not None:
                 grad_h += low[targets] * grad_target[:, None]
                 grad_weight.index_add_(0, targets, h * grad_target[:, None])
-            if grad_lse is not None:
+            if grad_lse is not None and ctx.ahead:
+                equal = (grad_lse == grad_lse[0]) | grad_lse.isnan()
+                torch._assert_async(equal.all(), "head_stats(equal_weights=True): the loss weighs tokens differently")
+                grad_h += expected * grad_lse[:, None]
+                grad_weight += product * grad_lse[0]
+            elif grad_lse is not None:
                 scaled = (h * grad_lse[:, None]).to(h.dtype)
                 chunks = _chunks(h.shape[0], weight.shape[0], lse.dtype, ctx.chunk_bytes)
                 for part in chunks:
@@ -186,12 +206,17 @@ class _Head(torch.autograd.Function):
                         p = _matmul(h[part], low.T).sub_(lse[part, None]).exp_()
                     p = p.to(h.dtype)
                     grad_h[part] += _matmul(p, low) * grad_lse[part, None]
-                    if p.dtype == grad_weight.dtype:
-                        torch.addmm(grad_weight, p.T, scaled[part], out=grad_weight)
-                    else:
-                        grad_weight += _matmul(p.T, scaled[part])
+                    _add_product(grad_weight, p, scaled[part])
                     del p
-        return grad_h.to(h.dtype), grad_weight.to(weight.dtype), None, None
+        return grad_h.to(h.dtype), grad_weight.to(weight.dtype), None, None, None
+
+
+def _add_product(total: Tensor, p: Tensor, rows: Tensor) -> None:
+    """In place total += p.T @ rows, with the sums in the dtype of `total`."""
+    if p.dtype == total.dtype:
+        torch.addmm(total, p.T, rows, out=total)
+    else:
+        total += _matmul(p.T, rows)
 
 
 def _chunks(n: int, vocab: int, dtype: torch.dtype, chunk_bytes: int) -> list[slice]:

@@ -18,6 +18,11 @@ def cross_entropy(stats: HeadStats) -> Tensor:
     return stats.lse - stats.target_logit
 
 
+def weighs_tokens_equally(options: LossOptions) -> bool:
+    """Whether the mean of `training_loss` has the same slope in every token's log-sum-exp."""
+    return options.focal_gamma == 0 and options.z_loss == 0
+
+
 def training_loss(stats: HeadStats, options: LossOptions) -> Tensor:
     """The optimised objective per token [N] in nats.
 

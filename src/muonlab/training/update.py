@@ -14,7 +14,7 @@ from muonlab.models import Transformer
 from muonlab.models.ops import head_sample, head_stats
 from muonlab.optim.schedules import applied_lr, set_lr, set_momentum
 from muonlab.training.config import RunConfig
-from muonlab.training.losses import cross_entropy, training_loss
+from muonlab.training.losses import cross_entropy, training_loss, weighs_tokens_equally
 
 PROGRAMS = {
     "eager": "plain PyTorch, operation by operation",
@@ -63,9 +63,7 @@ class Update:
         self.random = noisy or self.curvature_every is not None
         self.kinds = list(applied_lr(optimizer))
         self.calls = 0
-        self._micro_step = self._plain_micro_step
-        if self.program != "eager":
-            self._micro_step = torch.compile(self._plain_micro_step, dynamic=False)
+        self._compiled = None if self.program == "eager" else torch.compile(self._plain_micro_step, dynamic=False)
         self._graph: torch.cuda.CUDAGraph | None = None
         if self.program == "graph":
             self._make_live()
@@ -112,13 +110,26 @@ class Update:
         self.precision.scaler.update()
         return torch.cat([sums, grad_norm.view(1), rates])
 
+    def _micro_step(self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self._compiled is not None:
+            try:
+                return self._compiled(inputs, targets, document_ids)
+            except Exception as error:
+                if self.calls > 1:  # it has worked before: this is no failure to compile
+                    raise
+                self._compiled = None
+                self.notice = f"torch.compile failed ({str(error).splitlines()[0][:160]}); operations run one by one"
+                self.program = "eager" if self.program == "compile" else self.program
+        return self._plain_micro_step(inputs, targets, document_ids)
+
     def _plain_micro_step(self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy (detached) and objective of one micro-batch, inputs and targets [B, T]."""
         with self.precision.autocast():
             output = self.model(inputs, document_ids=document_ids)
             hidden = output.hidden.flatten(0, 1)  # [B * T, d_model]
             chunk = self.config.training.logit_chunk_bytes
-            stats = head_stats(hidden, self.model.head_weight, targets.flatten(), chunk)
+            equal = weighs_tokens_equally(self.config.loss)
+            stats = head_stats(hidden, self.model.head_weight, targets.flatten(), chunk, equal)
         objective = training_loss(stats, self.config.loss).mean() + output.auxiliary_loss
         return cross_entropy(stats).detach().mean(), objective
 
@@ -133,7 +144,7 @@ class Update:
                 with self.precision.autocast():
                     hidden = self.model(inputs[rows], document_ids=ids).hidden.flatten(0, 1)
                     head, chunk = self.model.head_weight, training.logit_chunk_bytes
-                    stats = head_stats(hidden, head, head_sample(hidden, head, chunk), chunk)
+                    stats = head_stats(hidden, head, head_sample(hidden, head, chunk), chunk, equal_weights=True)
                 loss = cross_entropy(stats).mean() / training.accumulation
                 loss.backward()  # type: ignore[no-untyped-call]
 
@@ -195,8 +206,8 @@ class Update:
                 self._result = self._execute(self._inputs, self._targets, self._ids)
         except Exception as error:
             torch.cuda.synchronize()
-            self.program = "compile"
-            self.notice = f"no CUDA graph ({str(error).splitlines()[0][:160]}); the update runs through torch.compile"
+            self.program = "eager" if self._compiled is None else "compile"
+            self.notice = f"no CUDA graph ({str(error).splitlines()[0][:160]}); the update runs as {self.program}"
             self.optimizer.zero_grad(set_to_none=True)
             return
         self._graph = graph
