@@ -196,3 +196,18 @@ def test_loaded_state_is_used() -> None:
     second.step()
     for mine, other in zip(ours, theirs):
         assert relative(other.data, mine.data) < 1e-6
+
+
+def test_kernels_that_do_not_agree_with_torch_are_refused_before_anything_is_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from muonlab.optim.kernels import iteration
+
+    (param,) = params_like((SHAPE,))
+    param.grad = torch.randn_like(param)
+    before = param.detach().clone()
+    product = iteration._product
+    monkeypatch.setattr(iteration, "_product", lambda a, section, scale: product(a, section, None))
+    with pytest.raises(kernels.Unsupported, match="do not agree with torch"):
+        Fused(Muon([param])).step()
+    assert torch.equal(param, before)

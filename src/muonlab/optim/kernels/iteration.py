@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from muonlab.optim.coefficients import Step
 from muonlab.optim.kernels import products
+from muonlab.optim.polar import newton_schulz
 
 # R is kept times this: its entries, of the order of 1/m, stay clear of fp16's subnormal numbers.
 GAIN = 4096.0
@@ -129,6 +130,28 @@ def iterate(
             _product(product.part(section.first, len(section.x)), section, scale if first else None)
         sections = [section.swapped() for section in sections]
     return sections
+
+
+def tune(sections: Sequence[Section], work: Workspace, steps: Sequence[Step], blocks: Sequence[int]) -> float:
+    """Compiles and tunes the kernels on random matrices; returns their largest error against torch in fp32.
+
+    What a compiler got wrong on some device must not train a model in silence.
+    """
+    scale = torch.empty(sum(len(section.x) for section in sections), device=work.gram.off.device)
+    samples = []
+    for section in sections:
+        section.x.normal_()
+        own = section.x[:, :, : section.cols]
+        norms = torch.linalg.vector_norm(own, dim=(1, 2), dtype=torch.float32)
+        scale[section.first : section.first + len(own)] = 1 / norms
+        samples.append([own[i].float() / norms[i] for i in (0, -1)])
+    errors = []
+    for section, pair in zip(iterate(sections, work, steps, blocks, scale), samples):
+        for index, sample in zip((0, -1), pair):
+            expected = newton_schulz(sample if section.wide else sample.mT, tuple(steps))
+            result = section.x[index, :, : section.cols].float()
+            errors.append((result - (expected if section.wide else expected.mT)).norm() / expected.norm())
+    return float(torch.stack(errors).max())
 
 
 def _gram(section: Section, out: Symmetric, scale: Tensor | None, keep_rest: bool) -> None:
