@@ -176,6 +176,23 @@ def test_new_addresses_need_no_new_plan_and_a_new_layout_does() -> None:
     assert fused.plans == 2
 
 
+def test_an_update_that_is_not_to_be_kept_changes_nothing_and_the_next_one_counts() -> None:
+    params = params_like((SHAPE, (33,)))
+    fused = Fused(Muon(params, lr=0.1))
+    for param in params:
+        param.grad = torch.randn_like(param)
+    fused.step()
+    values = [param.detach().clone() for param in params]
+    states = [{k: v.clone() for k, v in fused.optimizer.state[param].items()} for param in params]
+    gradients = fused.plan.gradients(fused.optimizer.param_groups, fused.optimizer.state)
+    fused.plan.run(gradients, torch.tensor(False, device=DEVICE))
+    for param, value, state in zip(params, values, states):
+        assert torch.equal(param, value)
+        assert all(torch.equal(fused.optimizer.state[param][name], old) for name, old in state.items())
+    fused.plan.run(gradients, torch.tensor(True, device=DEVICE))
+    assert not any(torch.equal(param, value) for param, value in zip(params, values))
+
+
 def test_loaded_state_is_used() -> None:
     ours, theirs = params_like((SHAPE, (33,))), params_like((SHAPE, (33,)))
     first, second = Fused(Muon(ours, lr=0.1)), Fused(Muon(theirs, lr=0.1))

@@ -28,7 +28,7 @@ _FOLLOWED = (
     *("momentum", "nesterov", "heavy_ball", "momentum_dtype", "coefficients", "ns_steps", "norm_eps", "betas", "eps"),
 )
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "skip_nonfinite": (False,),
+    "skip_nonfinite": (False, True),
     "method": ("auto", "standard", "gram"),
     "dtype": ("auto", "float16", "bfloat16"),
     "equilibrate_rows": (False,),
@@ -58,12 +58,13 @@ class _Plans:
         self.refused: str | None = None
 
 
-def step(optimizer: torch.optim.Optimizer, work: Work, state: State) -> Work:
+def step(optimizer: torch.optim.Optimizer, work: Work, state: State, keep: Tensor | None = None) -> Work:
     """Updates what the kernels cover; returns the groups that are left for the plain path, with their parameters.
 
     Args:
         work: the optimizer's groups, each with those of its parameters that have a gradient.
         state: parameter, names of state tensors, dtype -> state of the parameter, made on first use.
+        keep: a boolean on the device; False leaves everything as it is.
     """
     first = next((param for _, params in work for param in params), None)
     covered = [group for group, _ in work if group["rule"] in ("muon", "adamw")]
@@ -89,7 +90,7 @@ def step(optimizer: torch.optim.Optimizer, work: Work, state: State) -> Work:
             plans.made += 1
             gradients = plans.current.gradients(covered, optimizer.state)
             assert gradients is not None
-        done = plans.current.run(gradients)
+        done = plans.current.run(gradients, keep)
     except Unsupported as error:
         return _refuse(plans, work, str(error))
     return [entry for entry in work if entry[0]["rule"] not in ("muon", "adamw")] if done else work

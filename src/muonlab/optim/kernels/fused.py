@@ -95,8 +95,11 @@ class FusedStep:
             found.append(grad.data_ptr())
         return found
 
-    def run(self, gradients: list[int]) -> bool:
-        """Makes the update; False, with nothing changed, where a user's capture cannot hold it."""
+    def run(self, gradients: list[int], keep: Tensor | None = None) -> bool:
+        """Makes the update; False, with nothing changed, where a user's capture cannot hold it.
+
+        `keep`, a boolean on the device: False leaves everything as it is, as if no parameter had a gradient.
+        """
         capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         values, live = self._hyper_values()
         if capturing and (values != self._hyper_now or not self._upload_captured(gradients)):
@@ -105,6 +108,9 @@ class FusedStep:
             self._upload(gradients, values)
         for row, column, tensor in live:
             self._hyper[row, column].copy_(tensor.view(()))
+        if keep is not None:
+            self._pointers[:, elementwise.GRAD.value].mul_(keep)
+            self._gradients_now = None
         if capturing or self._device.type != "cuda":
             self._launch()
             return True
@@ -286,8 +292,10 @@ class FusedStep:
             if group["rule"] != "adamw" or grad is None:
                 continue
             tensors = (param, grad, kept[0][2], kept[1][2])
-            if any(tensor.stride() != stride for tensor in tensors) or not _dense(param):
+            if any(tensor.stride() != stride for tensor in tensors) or not tables.dense(param):
                 raise Unsupported("a gradient that lies in memory in another order than its parameter")
+            if any(tensor.device != self._device for tensor in (*tensors, kept[2][2])):
+                raise Unsupported("state on another device than its parameter")
             sizes[owner] = torch.tensor([param.numel(), _index(self._groups, group)])
             even = param.numel() % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
             key = (param.dtype, grad.dtype, kept[0][2].dtype, bool(group["cautious_decay"]), 16 if even else 1)
@@ -385,14 +393,3 @@ def _signature(groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 def _gain(matrix: Matrix) -> float:
     """Norm that a cast matrix should have: entries of about 1 lie in the middle of fp16's range."""
     return float(2.0 ** (math.log2(matrix.rows * matrix.cols) // 2))
-
-
-def _dense(tensor: Tensor) -> bool:
-    """Whether the entries fill one piece of memory, in whatever order of axes."""
-    axes = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size > 1)
-    expected = 1
-    for stride, size in axes:
-        if stride != expected:
-            return False
-        expected *= size
-    return True

@@ -216,6 +216,17 @@ def chunks_of(sizes: Sequence[int], chunk: int) -> tuple[Tensor, list[int]]:
     return torch.stack([owners, index], 1).int(), starts
 
 
+def dense(tensor: Tensor) -> bool:
+    """Whether the entries fill one piece of memory, in whatever order of axes."""
+    axes = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size > 1)
+    expected = 1
+    for stride, size in axes:
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def _family(matrix: Matrix) -> tuple[Any, ...]:
     return matrix.short, matrix.iteration, matrix.dtype, matrix.method
 
