@@ -77,8 +77,7 @@ class HybridOptimizer(torch.optim.Optimizer):
         work = [(group, [param for param in group["params"] if param.grad is not None]) for group in self.param_groups]
         self._refuse_sparse(work)
         keep = _all_finite(work) if any(group["skip_nonfinite"] for group, _ in work) else None
-        if keep is None:
-            work = kernels.step(self, work, self._state)
+        work = kernels.step(self, work, self._state, keep)
         for group, params in work:
             if params and group["rule"] == "muon":
                 self._step_matrices(group, params, keep)
