@@ -101,7 +101,11 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     dtype = autocast_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
     if _has_grouped_mm(x, weight):
-        return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+        grouped_mm = F.grouped_mm
+        if torch.compiler.is_compiling() and x.dtype == torch.float32:
+            # tracing knows bf16 alone, the CPU's kernel fp32 too
+            grouped_mm = torch.compiler.disable(F.grouped_mm)  # type: ignore[no-untyped-call]
+        return grouped_mm(x, weight.transpose(-2, -1), offs=ends)
     owner = torch.searchsorted(ends, torch.arange(x.shape[0], device=x.device, dtype=ends.dtype), right=True)  # [n]
     mine = owner == torch.arange(weight.shape[0], device=x.device)[:, None]  # [E, n]
     return torch.bmm(x * mine[..., None], weight.transpose(-2, -1)).sum(0)
@@ -154,6 +158,9 @@ class _Head(torch.autograd.Function):
         expected = torch.empty(h.shape if ahead else 0, dtype=dtype, device=h.device)
         product = torch.zeros(weight.shape if ahead else 0, dtype=dtype, device=h.device)
         correct = torch.empty(n, dtype=torch.bool, device=h.device)
+        if ahead and h.device.type == "cpu":
+            # 256 rows keep a small vocabulary's logits in a core's cache and a large one's matmuls at full speed
+            chunk_bytes = min(chunk_bytes, 256 * weight.shape[0] * dtype.itemsize)
         chunks = _chunks(n, weight.shape[0], dtype, chunk_bytes)
         for part in chunks:
             logits = _matmul(h[part], weight.T)  # [rows, V]

@@ -138,6 +138,7 @@ class Attention(nn.Module):
         self.widths = [d, options.kv_heads * options.head_dim, options.kv_heads * options.head_dim]  # of q, k, v
         if options.fused_qkv:
             self.qkv = nn.Linear(d, sum(self.widths), bias=bias)
+            self.qkv.row_split = self.widths  # type: ignore[assignment] # three matrices to a matrix optimizer
         else:
             self.query, self.key, self.value = (nn.Linear(d, width, bias=bias) for width in self.widths)
         self.output = nn.Linear(d, d, bias=False)

@@ -16,7 +16,15 @@ from muonlab.optim import kernels, rules
 from muonlab.optim.groups import plan
 from muonlab.optim.options import OptimizerOptions
 from muonlab.optim.routing import RoutingTable, table_of
-from muonlab.optim.step import Stack, chunks, matrices_at_once, update_entries, update_matrices
+from muonlab.optim.step import (
+    Stack,
+    chunks,
+    fits_torchs_adamw,
+    matrices_at_once,
+    update_by_torchs_adamw,
+    update_entries,
+    update_matrices,
+)
 from muonlab.optim.views import View, matrices
 
 # Parameters up to so many elements are stacked with others of their shape; a CPU gains less from that.
@@ -183,13 +191,20 @@ class HybridOptimizer(torch.optim.Optimizer):
     def _step_entries(self, group: dict[str, Any], params: list[Tensor], keep: Tensor | None) -> None:
         rule = rules.ELEMENTWISE[group["rule"]]
         buckets: dict[tuple[Any, ...], list[Tensor]] = {}
+        fused: list[Tensor] = []
         for i, param in enumerate(params):
             state = self._state(param, rule.state)
             if rule.counts:
                 state.setdefault("step", torch.zeros((), dtype=torch.float32, device=param.device))
+            if keep is None and fits_torchs_adamw(param, state, group):
+                fused.append(param)
+                continue
+            if rule.counts:
                 state["step"] += 1 if keep is None else keep.to(state["step"].device)
             alone = param.numel() > (_SMALL_CPU if param.device.type == "cpu" else _SMALL)
             buckets.setdefault((param.shape, param.dtype, param.device, i if alone else -1), []).append(param)
+        if fused:
+            update_by_torchs_adamw(fused, [self.state[param] for param in fused], group)
         for bucket in buckets.values():
             update_entries(bucket, [self.state[param] for param in bucket], rule, group, keep)
 

@@ -5,12 +5,13 @@ with the optimizer captured as one CUDA graph. Learning rates and momenta are te
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from muonlab.models import Transformer
+from muonlab.models import ModelOutput, Transformer
 from muonlab.models.ops import head_sample, head_stats
 from muonlab.optim.schedules import applied_lr, set_lr, set_momentum
 from muonlab.training.config import RunConfig
@@ -63,7 +64,13 @@ class Update:
         self.random = noisy or self.curvature_every is not None
         self.kinds = list(applied_lr(optimizer))
         self.calls = 0
-        self._compiled = None if self.program == "eager" else torch.compile(self._plain_micro_step, dynamic=False)
+        self._model: Callable[..., ModelOutput] = model
+        self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
+        if self.program != "eager" and self.precision.device_type == "cuda":
+            self._compiled = torch.compile(self._plain_micro_step, dynamic=False)
+        elif self.program != "eager":
+            # Inductor's passes over logits on a CPU are slower than torch's own: the head stays outside.
+            self._model, self._compiled = torch.compile(model, dynamic=False), self._plain_micro_step
         self._graph: torch.cuda.CUDAGraph | None = None
         if self.program == "graph":
             self._make_live()
@@ -117,7 +124,7 @@ class Update:
             except Exception as error:
                 if self.calls > 1:  # it has worked before: this is no failure to compile
                     raise
-                self._compiled = None
+                self._model, self._compiled = self.model, None
                 self.notice = f"torch.compile failed ({str(error).splitlines()[0][:160]}); operations run one by one"
                 self.program = "eager" if self.program == "compile" else self.program
         return self._plain_micro_step(inputs, targets, document_ids)
@@ -125,7 +132,7 @@ class Update:
     def _plain_micro_step(self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy (detached) and objective of one micro-batch, inputs and targets [B, T]."""
         with self.precision.autocast():
-            output = self.model(inputs, document_ids=document_ids)
+            output = self._model(inputs, document_ids=document_ids)
             hidden = output.hidden.flatten(0, 1)  # [B * T, d_model]
             chunk = self.config.training.logit_chunk_bytes
             equal = weighs_tokens_equally(self.config.loss)
