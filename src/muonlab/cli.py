@@ -2,7 +2,7 @@
 
 import argparse
 import os
-import shutil
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         # Names come before flags; argparse would take a flag's value for one, since it does not know the typed flags.
         flags = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
+        options.arguments = arguments
         options.names, options.rest = rest[:flags], rest[flags:] + ["--fields"] * getattr(options, "fields", False)
         if rest and (not options.takes_overrides or flags > options.most_names):
             raise InputError(f"unknown argument {rest[0]!r}; see muonlab {arguments[0]} --help")
@@ -219,13 +220,15 @@ def cmd_train(options: Any) -> int:
             config,
             directory=options.output,
             allow_version_change=options.allow_version_change,
-            fallback=not file and default_corpus(config),
+            fallback=not file and not names_corpus(options.rest),
             progress=not options.quiet,
             on_event=progress,
             should_stop=stop.is_set,
         )
     directory = Path(metrics["directory"])
-    resume = f"muonlab train {directory / 'config.toml'}" + (f" --output {directory}" if options.output else "")
+    again = ["muonlab", "train", str(directory / "config.toml")] + (
+        ["--output", str(directory)] if options.output else []
+    )
     write_run(directory)
     for notice in metrics["data"]["notices"]:
         print(notice)
@@ -235,7 +238,7 @@ def cmd_train(options: Any) -> int:
     )
     if metrics["message"]:
         print(metrics["message"])
-    print(f"run: {directory}\nresume or repeat: {resume}")
+    print(f"run: {directory}\nresume or repeat: {shlex.join(again)}")
     if metrics["status"] == "interrupted":
         return 130
     return 0 if metrics["status"] == "finished" else 1
@@ -246,8 +249,17 @@ def cmd_compare(options: Any) -> int:
 
     from muonlab.flags import read_overrides
     from muonlab.report import print_comparison, write_comparison, write_run
-    from muonlab.report.live import StudyProgress, clock
-    from muonlab.studies.compare import compare, comparison_directory, make_plan, resolve_plan
+    from muonlab.report.live import StudyProgress
+    from muonlab.report.live import clock as clock_text
+    from muonlab.studies.compare import (
+        base_values,
+        compare,
+        comparison_directory,
+        delete_comparison,
+        make_budget,
+        make_plan,
+        resolve_plan,
+    )
     from muonlab.training.config import from_dict, merge
     from muonlab.training.estimate import seconds_per_update
     from muonlab.training.loop import interruptible
@@ -255,17 +267,28 @@ def cmd_compare(options: Any) -> int:
 
     names = options.names or ["muon", "adamw"]
     profile = "quick" if options.quick else "standard"
-    values: dict[str, Any] = {"model": {"preset": options.model or "micro"}}
+    numbers = {"trials": options.trials, "seeds": options.seeds, "updates": options.updates}
+    values = merge(
+        base_values(profile, make_budget(profile, **numbers)), {"model": {"preset": options.model or "micro"}}
+    )
     overrides = read_overrides(from_dict(values), options.rest)
-    if "optimizer" in overrides:
-        raise InputError("a comparison tunes the optimizers itself; --optimizer flags belong to muonlab train")
-    base = merge(values, overrides)
-    budget = {"trials": options.trials, "seeds": options.seeds, "updates": options.updates}
+    for key in ("optimizer", "name"):
+        if key in overrides:
+            raise InputError(f"a comparison sets {key} itself; --{key} flags belong to muonlab train")
+    clock = overrides.get("training", {})
+    if "eval_splits" in clock:
+        raise InputError(
+            "a comparison chooses on the tune split and judges on the report split; eval_splits cannot be set"
+        )
+    numbers["updates"] = clock.pop("updates", options.updates)
+    base = merge(merge(base_values(profile, make_budget(profile, **numbers)), {"model": values["model"]}), overrides)
+    if options.workers is not None and options.workers < 0:
+        raise InputError(f"--workers is {options.workers}; it must be 0 (this process) or more")
     on_gpu = uses_gpu(base)
     workers = options.workers if options.workers is not None else (0 if on_gpu else cores())
-    if not on_gpu and workers:
+    if not on_gpu and workers > 0:
         base = merge({"training": {"threads": max(1, cores() // workers)}}, base)
-    plan = make_plan(names, base, profile=profile, budget=budget, centers=read_centers(options.lr_center))
+    plan = make_plan(names, base, profile=profile, budget=numbers, centers=read_centers(options.lr_center))
     console = Console()
     if not options.quiet:
         b = plan.budget
@@ -276,23 +299,38 @@ def cmd_compare(options: Any) -> int:
         )
     if options.dry_run:
         seconds = seconds_per_update(plan.base) * plan.budget.updates * plan.runs / max(1, workers)
-        print(f"about {clock(seconds)} of training, evaluation and data not counted")
+        print(f"about {clock_text(seconds)} of training, evaluation and data not counted")
         return 0
-    plan, _ = resolve_plan(plan, fallback=default_corpus(plan.base), progress=not options.quiet)
+    plan, dataset = resolve_plan(plan, fallback=not names_corpus(options.rest), progress=not options.quiet)
+    for notice in dataset.notices:
+        print(notice)
     directory = Path(options.output) if options.output else comparison_directory(plan)
-    if options.fresh and (directory / "plan.json").exists():
-        shutil.rmtree(directory)
+    if options.fresh:
+        delete_comparison(directory)
     progress = StudyProgress(plan.runs, plan.budget.updates, workers, console, options.quiet)
-    command = " ".join(["muonlab", *sys.argv[1:]])
+    command = shlex.join(["muonlab", *options.arguments])
     with interruptible() as stop, progress as show:
-        compare(plan, directory, workers=workers, command=command, on_progress=show, should_stop=stop.is_set)
+        summary = compare(
+            plan,
+            directory,
+            dataset=dataset,
+            workers=workers,
+            command=command,
+            on_progress=show,
+            should_stop=stop.is_set,
+        )
+    written = write_comparison(directory)
     for path in find_runs(directory):
         write_run(path)
-    written = write_comparison(directory)
     print_comparison(directory, console)
     for path in written:
         print(path)
-    return 0
+    return 0 if all(final["status"] == "finished" for final in summary["finals"]) else 1
+
+
+def names_corpus(words: Sequence[str]) -> bool:
+    """Whether a corpus was asked for: only one that was not may be replaced when nothing can be downloaded."""
+    return any(word.partition("=")[0].replace("_", "-") in ("--corpus", "--dataset", "--data.corpus") for word in words)
 
 
 def read_centers(texts: Sequence[str]) -> dict[str, float]:
@@ -303,16 +341,7 @@ def read_centers(texts: Sequence[str]) -> dict[str, float]:
             centers[name] = float(value)
         except ValueError:
             raise InputError(f"--lr-center {text!r} is not NAME=LR, as in muon=0.02") from None
-        if centers[name] <= 0:
-            raise InputError(f"--lr-center {text!r}: a learning rate must be above 0")
     return centers
-
-
-def default_corpus(config: Any) -> bool:
-    """Only a corpus that nobody asked for may be replaced when nothing can be downloaded."""
-    from muonlab.data import DataOptions
-
-    return bool(config.data.corpus == DataOptions().corpus)
 
 
 def uses_gpu(values: dict[str, Any]) -> bool:

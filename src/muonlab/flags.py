@@ -47,6 +47,9 @@ def read_overrides(config: RunConfig[Any], words: Sequence[str]) -> dict[str, An
     if not arguments:
         return {}
     known = known_flags(config)
+    stray = next((word for word in arguments if word.endswith(".toml")), None)
+    if stray is not None:
+        raise InputError(f"names come before flags: put {stray} first")
     for argument in arguments:
         flag = argument.partition("=")[0]
         if flag.startswith("--") and flag.replace("_", "-") not in known:
@@ -59,6 +62,12 @@ def read_overrides(config: RunConfig[Any], words: Sequence[str]) -> dict[str, An
         lines = [line.strip("│╭╰─╮╯ ").strip() for line in complaint.getvalue().splitlines()]
         told = next((line for line in lines if line and "error" not in line.lower()[:13]), None)
         told = next((line for line in lines if line.startswith("Error parsing")), told or "cannot read the flags")
+        if "validation error" in told:  # pydantic's, whose next lines name the field and the reason
+            told = (
+                " ".join(lines[lines.index(told) + 1 :])
+                .partition(" [type=")[0]
+                .removeprefix(f"{type(config).__name__} ")
+            )
         raise InputError(told.removeprefix("Error parsing ")) from None
     return difference(config.to_dict(), changed.to_dict())
 

@@ -11,10 +11,13 @@ from runs import TINY
 
 from muonlab.errors import InputError
 from muonlab.optim.registry import OPTIMIZERS
-from muonlab.studies.compare import compare, labels, make_plan
+from muonlab.studies import executor
+from muonlab.studies.compare import claimed, compare, delete_comparison, labels, make_plan, resolve_plan
 from muonlab.training.config import merge
+from muonlab.training.loop import run
 
 BASE = {k: v for k, v in TINY.items() if k not in ("optimizer", "name")}
+BASE["training"] = {k: v for k, v in TINY["training"].items() if k != "updates"}
 BUDGET = {"trials": 3, "seeds": 3, "updates": 40}
 
 
@@ -90,7 +93,7 @@ def test_the_same_comparison_elsewhere_gives_the_same_numbers_also_in_two_proces
 
 
 def test_muon_against_itself_on_disjoint_seeds_is_not_distinguishable(tmp_path):
-    summary = compare(plan("muon", "muon"), tmp_path / "twins")
+    summary = compare(plan("muon", "muon", budget={**BUDGET, "seeds": 8}), tmp_path / "twins")
     assert summary["optimizers"] == ["muon", "muon#2"]
     seeds = {name: {f["seed"] for f in summary["finals"] if f["optimizer"] == name} for name in summary["optimizers"]}
     assert not seeds["muon"] & seeds["muon#2"]
@@ -134,13 +137,15 @@ def test_a_range_whose_best_value_is_at_its_edge_is_flagged(tmp_path):
     short = make_plan(["muon", "adamw"], BASE, budget={"trials": 3, "seeds": 2, "updates": 20}, centers={"muon": 1e-5})
     summary = compare(short, tmp_path / "edge")
     assert summary["chosen"]["muon"]["edge"]
-    assert any("muon: best learning rate" in flag and "edge" in flag for flag in summary["flags"])
+    assert any(
+        flag.startswith("muon: the best learning rate of hidden matrices lies at the edge") for flag in summary["flags"]
+    )
 
 
 def test_one_run_that_diverges_never_stops_the_rest(tmp_path):
     wild = make_plan(
         ["sgd", "muon"],
-        merge(BASE, {"training": {"clip_norm": None}}),
+        merge(BASE, {"training": {"clip_norm": 0.0}}),
         budget={"trials": 4, "seeds": 2, "updates": 40},
         centers={"sgd": 3e3},
     )
@@ -197,3 +202,102 @@ def test_a_comparison_killed_at_random_moments_loses_and_repeats_no_finished_run
         seen = done
     again = compare(plan("muon", "adamw", budget=budget), target)
     assert again["verdicts"] == whole["verdicts"]
+
+
+# --- what is not the optimizer's doing --------------------------------------------------------------------------------
+
+
+def test_a_second_process_on_the_same_comparison_is_refused(muon_against_adamw):
+    directory, _ = muon_against_adamw
+    with (
+        claimed(directory, resolve_plan(plan("muon", "adamw"), progress=False)[0]),
+        pytest.raises(InputError, match="another process"),
+    ):
+        compare(plan("muon", "adamw"), directory)
+
+
+def test_a_run_that_could_not_be_carried_out_stops_the_study_without_a_verdict_and_can_go_on(tmp_path, monkeypatch):
+    small = {"trials": 2, "seeds": 2, "updates": 4}
+    made = []
+
+    def broken(config, *, directory, **options):
+        made.append(directory)
+        if len(made) == 2:
+            raise OSError("no space left")
+        return run(config, directory=directory, **options)
+
+    monkeypatch.setattr(executor, "run", broken)
+    with pytest.raises(InputError, match=r"1 runs could not be carried out .*no space left"):
+        compare(plan("muon", "adamw", budget=small), tmp_path / "study")
+    assert len(made) == 4, "the other trials were made all the same"
+    assert not (tmp_path / "study" / "comparison_summary.json").exists()
+    monkeypatch.undo()
+    assert len(compare(plan("muon", "adamw", budget=small), tmp_path / "study")["trials"]) == 4
+
+
+def test_a_worker_that_is_killed_costs_one_more_try_and_nothing_else(tmp_path):
+    import multiprocessing
+    import os
+    import signal
+    import threading
+    import time
+
+    killed: list[int] = []
+
+    def kill_a_worker():
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not list((tmp_path / "study").glob("runs/*/metrics.jsonl")):
+            time.sleep(0.02)
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGKILL)
+        killed.append(worker.pid)
+
+    thread = threading.Thread(target=kill_a_worker)
+    thread.start()
+    summary = compare(
+        plan("muon", "adamw", budget={"trials": 1, "seeds": 2, "updates": 150}), tmp_path / "study", workers=1
+    )
+    thread.join()
+    assert len(killed) == 1
+    assert [f["status"] for f in summary["finals"]] == ["finished"] * 4
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_a_damaged_plan_is_one_line(content, tmp_path):
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "plan.json").write_text(content)
+    with pytest.raises(InputError, match="not the plan of a comparison"):
+        compare(plan("muon", "adamw"), tmp_path / "study")
+
+
+def test_deleting_a_comparison_leaves_what_it_did_not_write(tmp_path):
+    small = {"trials": 1, "seeds": 1, "updates": 2}
+    compare(plan("muon", "adamw", budget=small), tmp_path / "study")
+    (tmp_path / "study" / "thesis.tex").write_text("precious")
+    delete_comparison(tmp_path / "study")
+    assert {p.name for p in (tmp_path / "study").iterdir()} <= {"thesis.tex", "compare.lock"}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "plan.json").write_text('{"my": "plan"}')
+    with pytest.raises(InputError, match="not the plan of a comparison"):
+        delete_comparison(tmp_path / "mine")
+
+
+def test_another_first_seed_moves_trials_and_finals_alike():
+    first, second = plan("muon", "adamw"), plan("muon", "adamw", seed=7)
+    assert (first.tuning_seed, first.seeds("muon")) == (0, [1, 2, 3])
+    assert (second.tuning_seed, second.seeds("muon")) == (6, [7, 8, 9])
+    with pytest.raises(InputError, match="at least 1"):
+        plan("muon", "adamw", seed=0)
+
+
+def test_what_a_user_says_wins_over_the_profile():
+    quick = make_plan(["muon", "adamw"], {"training": {"micro_batch_size": 16}}, profile="quick")
+    assert quick.base.training.micro_batch_size == 16
+    assert make_plan(["muon", "adamw"], {}, profile="quick").base.training.micro_batch_size == 8
+
+
+def test_a_centre_for_an_optimizer_that_does_not_take_part_is_refused():
+    with pytest.raises(InputError, match="did you mean 'muon'"):
+        make_plan(["muon", "adamw"], BASE, centers={"moun": 0.1})
+    with pytest.raises(InputError, match="above 0"):
+        make_plan(["muon", "adamw"], BASE, centers={"muon": float("nan")})

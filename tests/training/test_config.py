@@ -85,3 +85,16 @@ def test_resolving_leaves_no_auto_and_changes_nothing_the_second_time():
 def test_an_absent_device_is_one_line():
     with pytest.raises(InputError, match="known: auto, cpu"):
         resolve_machine(replace(tiny(), training={"device": "gpu"}))
+
+
+def test_what_toml_cannot_say_is_always_the_default():
+    """TOML has no null: a field that may be None must mean None when it is left out."""
+    import dataclasses
+
+    for options in [entry.options() for name, entry in OPTIMIZERS.items() if name != "class"] + [
+        tiny().training,
+        tiny().data,
+    ]:
+        for field in dataclasses.fields(options):
+            if "None" in str(field.type):
+                assert field.default is None, f"{type(options).__name__}.{field.name}"

@@ -127,7 +127,7 @@ def test_accumulating_four_micro_batches_makes_the_same_update_as_one_batch(tmp_
 
 
 def test_a_run_whose_loss_is_not_finite_ends_as_diverged_with_the_reason(tmp_path):
-    metrics = run(tiny(optimizer={"name": "sgd", "lr": 1e20}, training={"clip_norm": None}), directory=tmp_path / "run")
+    metrics = run(tiny(optimizer={"name": "sgd", "lr": 1e20}, training={"clip_norm": 0.0}), directory=tmp_path / "run")
     assert metrics["status"] == "diverged"
     assert "update" in metrics["message"]
     assert metrics["updates"] < 8

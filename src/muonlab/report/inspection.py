@@ -9,13 +9,12 @@ from muonlab.diagnostics.memory import STATE_TENSORS, training_memory
 from muonlab.models import Transformer
 from muonlab.optim.registry import build_optimizer
 from muonlab.report.tables import size
-from muonlab.training.config import RunConfig, replace, resolve_machine
+from muonlab.training.config import RunConfig, resolve_machine, with_vocabulary
 
 
 def inspection(config: RunConfig[Any], name: str) -> str:
     """The page of `muonlab inspect`. Nothing is allocated: the model is built without storage."""
-    if config.model.vocab_size == 0:
-        config = replace(config, model={"vocab_size": config.data.vocab_size})
+    config = with_vocabulary(config)
     training = resolve_machine(config).training
     with torch.device("meta"):
         model = Transformer(config.model)

@@ -1,13 +1,18 @@
 """The comparison protocol: equal tuning budgets on the tune split, then n paired seeds judged on the report split."""
 
+import contextlib
 import hashlib
 import json
+import math
+import shutil
 import statistics as plain_statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
+
+import filelock
 
 from muonlab.data import Dataset
 from muonlab.errors import InputError, unknown
@@ -46,8 +51,12 @@ PROFILES = {
 }
 """Budget and settings of a named profile: quick is what `make quick` runs, minutes on two cores."""
 
-TUNING_SEED = 0
-"""Trials share one seed, which no final run uses: the choice cannot profit from the luck it is judged by."""
+KNOBS = {
+    "lr": "learning rate of hidden matrices",
+    "auxiliary": "learning rate of embeddings and head",
+    "weight_decay": "weight decay",
+    "momentum": "momentum (Adam: beta 1)",
+}
 
 
 def labels(optimizers: Sequence[str]) -> list[str]:
@@ -55,6 +64,10 @@ def labels(optimizers: Sequence[str]) -> list[str]:
     for name in optimizers:
         if name not in OPTIMIZERS:
             raise unknown("optimizer", name, OPTIMIZERS)
+        if name == "class":
+            raise InputError(
+                "'class' needs a class_path of its own: register the optimizer to compare it (docs/extending.md)"
+            )
     if len(optimizers) < 2:
         raise InputError("a comparison needs two optimizers or more, for example: muonlab compare muon adamw")
     seen: dict[str, int] = {}
@@ -101,9 +114,28 @@ class Plan:
         return from_dict(merge(values, changes))
 
     def seeds(self, label: str) -> list[int]:
-        """Seeds 1 to n, the same for all (pairs share initial weights and data); those of a twin are its own."""
+        """n seeds from the base's on, the same for all (pairs share initial weights and data); a twin has its own."""
         twin = int(label.split("#")[1]) - 1 if "#" in label else 0
-        return [twin * 1000 + index for index in range(1, self.budget.seeds + 1)]
+        first = self.base.seed + twin * self.budget.seeds
+        return list(range(first, first + self.budget.seeds))
+
+    @property
+    def tuning_seed(self) -> int:
+        """The one seed of all trials, which no final run has: the choice cannot profit from the luck it is judged by."""
+        return self.base.seed - 1
+
+
+def make_budget(profile: str = "standard", **numbers: int | None) -> Budget:
+    """The budget of a profile, with single numbers replaced where they are not None."""
+    if profile not in PROFILES:
+        raise unknown("profile", profile, PROFILES)
+    return Budget(**{**asdict(PROFILES[profile][0]), **{key: n for key, n in numbers.items() if n is not None}})
+
+
+def base_values(profile: str, budget: Budget) -> dict[str, Any]:
+    """The nested configuration values that a profile and a budget begin with; what a user says is laid on top."""
+    clock = {"updates": budget.updates, "eval_every": max(1, budget.updates // 5), "checkpoint_every": budget.updates}
+    return merge({"training": clock}, PROFILES[profile][1])
 
 
 def make_plan(
@@ -114,18 +146,23 @@ def make_plan(
     budget: Mapping[str, int] | None = None,
     centers: Mapping[str, float] | None = None,
 ) -> Plan:
-    """A plan from nested configuration values; `budget` overrides single numbers of the profile."""
-    if profile not in PROFILES:
-        raise unknown("profile", profile, PROFILES)
-    labels(optimizers)
-    default, settings = PROFILES[profile]
-    chosen = Budget(**{**asdict(default), **{k: v for k, v in (budget or {}).items() if v is not None}})
-    values = merge(settings, {**base, "optimizer": optimizers[0]})
-    training = values.setdefault("training", {})
-    training["updates"] = chosen.updates
-    training.setdefault("eval_every", max(1, chosen.updates // 5))
-    training.setdefault("checkpoint_every", max(1, chosen.updates))
-    return Plan(tuple(optimizers), from_dict(values), chosen, profile, centers)
+    """A plan from nested configuration values laid on those of the profile; `budget` replaces single numbers of it."""
+    names = labels(optimizers)
+    for name, center in (centers or {}).items():
+        if name not in names:
+            raise unknown("optimizer of this comparison", name, names)
+        if not 0 < center < math.inf:
+            raise InputError(f"the learning-rate centre of {name} is {center}; it must be above 0")
+    chosen = make_budget(profile, **(budget or {}))
+    values = merge(base_values(profile, chosen), {**base, "optimizer": optimizers[0]})
+    config = from_dict(values)
+    if config.training.updates != chosen.updates:
+        raise InputError(
+            f"training.updates is {config.training.updates}, the budget's {chosen.updates}; set the budget's"
+        )
+    if config.seed < 1:
+        raise InputError("the first seed of a comparison must be at least 1: the one below it belongs to the trials")
+    return Plan(tuple(optimizers), config, chosen, profile, centers)
 
 
 def resolve_plan(plan: Plan, *, fallback: bool = False, progress: bool = True) -> tuple[Plan, Dataset]:
@@ -143,9 +180,9 @@ def compare(
     plan: Plan,
     directory: str | Path | None = None,
     *,
+    dataset: Dataset | None = None,
     workers: int = 0,
     command: str = "",
-    fallback: bool = False,
     on_progress: OnProgress | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
@@ -153,22 +190,30 @@ def compare(
 
     Runs lie in `directory/runs`; what is finished there is not run again, so that a stopped comparison goes on where it
     was. `workers` processes run at a time (0: this one), each with the threads that the base says. When `should_stop`
-    says so, running jobs stop cleanly and KeyboardInterrupt is raised.
+    says so, running jobs stop cleanly and KeyboardInterrupt is raised. Plan and dataset come from `resolve_plan`, which is
+    called here when there is no dataset. Raises InputError when a run could not be carried out (a full disk, say), which
+    is not the optimizer's doing: the same call goes on where it was.
     """
-    started = time.perf_counter()
-    plan, dataset = resolve_plan(plan, fallback=fallback, progress=False)
+    if dataset is None:
+        plan, dataset = resolve_plan(plan, progress=False)
     directory = comparison_directory(plan) if directory is None else Path(directory)
+    with claimed(directory, plan):
+        return _compare(plan, directory, dataset, Executor(workers, on_progress, should_stop), command)
+
+
+def _compare(plan: Plan, directory: Path, dataset: Dataset, executor: Executor, command: str) -> dict[str, Any]:
+    started = time.perf_counter()
     names = labels(plan.optimizers)
-    _claim(directory, plan)
     trials: list[dict[str, Any]] = []
     searches = {n: Search(n.split("#")[0], plan.budget.trials, (plan.centers or {}).get(n)) for n in names}
-    with Executor(workers, on_progress, should_stop) as executor:
+    failures: list[str] = []
+    with executor:
         points: dict[tuple[str, Path], tuple[int, Point]] = {}
 
         def submit(label: str) -> None:
             for point in searches[label].ask():
                 index = len(points)
-                job = _job(plan, directory, label, point, TUNING_SEED, "tune", f"{point.stage}: lr {point.lr:.2g}")
+                job = _job(plan, directory, label, point, plan.tuning_seed, "tune", f"{point.stage}: lr {point.lr:.2g}")
                 points[label, job.directory] = (index, point)
                 executor.submit(job)
 
@@ -176,10 +221,14 @@ def compare(
             submit(label)
         for job, outcome in executor.results():
             _, point = points[job.group, job.directory]
+            if outcome["status"] == "failed":
+                failures.append(f"{job.group} {job.label}: {outcome['message']}")
+                continue
             loss = final_loss(outcome, "tune")
             searches[job.group].tell(point, loss)
             trials.append(_trial(directory, job, point, outcome, loss))
             submit(job.group)
+        _refuse(failures)
         for label in names:
             best = searches[label].best
             for seed in plan.seeds(label):
@@ -187,14 +236,25 @@ def compare(
         outcomes: dict[str, dict[int, dict[str, Any]]] = {label: {} for label in names}
         for job, outcome in executor.results():
             outcomes[job.group][job.config.seed] = outcome
+            if outcome["status"] == "failed":
+                failures.append(f"{job.group} {job.label}: {outcome['message']}")
+        _refuse(failures)
     order = {path: index for (_, path), (index, _) in points.items()}
     trials.sort(key=lambda trial: order[directory / trial["directory"]])
-    summary = _summary(plan, directory, dataset.describe(), searches, trials, outcomes)
-    summary["command"] = command
-    summary["workers"] = workers
-    summary["wall_seconds"] = time.perf_counter() - started
-    write_json(directory / SUMMARY, summary)
-    return summary
+    summary = _summary(plan, directory, dataset, searches, trials, outcomes)
+    made = {"command": command, "workers": executor.workers, "wall_seconds": time.perf_counter() - started}
+    if (directory / SUMMARY).exists():  # nothing was run again: keep who made it, and how long that took
+        before = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
+        made = {key: before.get(key, value) for key, value in made.items()}
+    write_json(directory / SUMMARY, {**summary, **made})
+    return {**summary, **made}
+
+
+def _refuse(failures: list[str]) -> None:
+    if failures:
+        raise InputError(
+            f"{len(failures)} runs could not be carried out ({failures[0]}); mend that and give the same command again"
+        )
 
 
 def final_loss(outcome: Mapping[str, Any], split: str) -> float:
@@ -204,24 +264,55 @@ def final_loss(outcome: Mapping[str, Any], split: str) -> float:
     return float(outcome["final"][split]["cross_entropy"])
 
 
-def _claim(directory: Path, plan: Plan) -> None:
-    """Make `directory` this plan's; InputError when it holds another one's."""
-    file = directory / "plan.json"
-    if file.exists():
-        found = json.loads(file.read_text(encoding="utf-8")).get("identity")
-        if found != plan.identity:
-            raise InputError(
-                f"{directory} holds another comparison ({found}, this is {plan.identity}); choose another --output"
-            )
-        return
+@contextlib.contextmanager
+def claimed(directory: Path, plan: Plan) -> Iterator[None]:
+    """Hold `directory` for this plan; InputError when it is another's, something else, or held by another process."""
+    _identity_in(directory)  # before anything is written into a folder of something else
     try:
-        if directory.exists() and any(directory.iterdir()):
-            raise InputError(f"{directory} is not empty and holds no comparison; choose another --output")
         directory.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(directory / "compare.lock", timeout=0):
+            found = _identity_in(directory)
+            if found not in (None, plan.identity):
+                raise InputError(
+                    f"{directory} holds another comparison ({found}, this is {plan.identity}); choose another --output"
+                )
+            if found is None:
+                values = {"identity": plan.identity, "optimizers": plan.optimizers, "budget": asdict(plan.budget)}
+                base = {"base": plan.base.to_dict(), "centers": dict(plan.centers or {})}
+                write_json(directory / "plan.json", {**values, **base})
+            yield
+    except filelock.Timeout:
+        raise InputError(f"another process is working on the comparison {directory}; wait for it or stop it") from None
     except OSError as error:
         raise InputError(f"cannot make the folder {directory}: {error.strerror}") from None
-    values = {"identity": plan.identity, "optimizers": plan.optimizers, "budget": asdict(plan.budget)}
-    write_json(file, {**values, "base": plan.base.to_dict(), "centers": dict(plan.centers or {})})
+
+
+def _identity_in(directory: Path) -> str | None:
+    """The identity of the comparison in `directory`, None where it is empty or not there; InputError for anything else."""
+    try:
+        return str(json.loads((directory / "plan.json").read_text(encoding="utf-8"))["identity"])
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{directory / 'plan.json'} is not the plan of a comparison; choose another --output"
+        ) from None
+    if directory.is_dir() and any(entry.name != "compare.lock" for entry in directory.iterdir()):
+        raise InputError(f"{directory} is not empty and holds no comparison; choose another --output")
+    return None
+
+
+def delete_comparison(directory: Path) -> None:
+    """Delete what a comparison wrote into `directory`, and nothing else; InputError if it holds none or one in progress."""
+    if _identity_in(directory) is None:
+        return
+    try:
+        with filelock.FileLock(directory / "compare.lock", timeout=0):
+            shutil.rmtree(directory / "runs", ignore_errors=True)
+            for name in ("plan.json", SUMMARY, "comparison_plot.png", "report.html"):
+                (directory / name).unlink(missing_ok=True)
+    except filelock.Timeout:
+        raise InputError(f"another process is working on the comparison {directory}; wait for it or stop it") from None
 
 
 def _job(plan: Plan, directory: Path, label: str, point: Point, seed: int, split: str, text: str) -> Job:
@@ -231,11 +322,15 @@ def _job(plan: Plan, directory: Path, label: str, point: Point, seed: int, split
     return Job(label, text, config, directory / "runs" / f"{config.name}-{digest}")
 
 
+def _values(point: Point) -> dict[str, float]:
+    return {key: value for key, value in asdict(point).items() if key != "stage" and value is not None}
+
+
 def _trial(directory: Path, job: Job, point: Point, outcome: dict[str, Any], loss: float) -> dict[str, Any]:
     return {
         "optimizer": job.group,
         "stage": point.stage,
-        "values": {key: value for key, value in asdict(point).items() if key != "stage" and value is not None},
+        "values": _values(point),
         "status": outcome["status"],
         "message": outcome.get("message"),
         "tune_cross_entropy": loss,
@@ -247,12 +342,12 @@ def _trial(directory: Path, job: Job, point: Point, outcome: dict[str, Any], los
 def _summary(
     plan: Plan,
     directory: Path,
-    data: dict[str, Any],
+    dataset: Dataset,
     searches: dict[str, Search],
     trials: list[dict[str, Any]],
     outcomes: dict[str, dict[int, dict[str, Any]]],
 ) -> dict[str, Any]:
-    names = list(searches)
+    names, data = list(searches), dataset.describe()
     reference = names[-1]
     counters = dict.fromkeys(names, 0)
     for trial in trials:
@@ -279,13 +374,14 @@ def _summary(
                 }
             )
     losses = {n: [final_loss(outcomes[n][seed], "report") for seed in plan.seeds(n)] for n in names}
-    entropy = data["unigram_entropy"]
+    entropy = dataset.report.unigram_entropy  # no unigram model of this split does better
     learned = {n: plain_statistics.fmean(losses[n]) < entropy for n in names}
     flags = [
-        f"{n}: best learning rate {searches[n].best.lr:.3g} lies at the edge of the range tried; a wider search may improve it"
+        f"{n}: the best {KNOBS[knob]} lies at the edge of the range tried; a wider search may find a better one"
         for n in names
-        if searches[n].at_edge
+        for knob in searches[n].edges
     ]
+    flags += [f"{n}: did not get below the unigram entropy of {entropy:.3f} nats" for n in names if not learned[n]]
     flags += [
         f"{n}: every trial diverged; centre its search lower with --lr-center {n}=LR"
         for n in names
@@ -313,7 +409,7 @@ def _summary(
         "budget": {
             **asdict(plan.budget),
             "tokens_per_update": plan.base.tokens_per_update,
-            "knobs": {n: ["lr", "embedding_lr = head_lr", "weight_decay", "momentum (Adam: beta 1)"] for n in names},
+            "knobs": {n: [KNOBS[knob] for knob in searches[n].varied] for n in names},
             "spent": {
                 n: {
                     "trials": counters[n],
@@ -334,12 +430,10 @@ def _summary(
         "trials": trials,
         "chosen": {
             n: {
-                "values": {k: v for k, v in asdict(searches[n].best).items() if k != "stage" and v is not None},
+                "values": _values(searches[n].best),
                 "options": searches[n].best.options(n.split("#")[0]),
                 "trial": next(
-                    t["index"]
-                    for t in trials
-                    if t["optimizer"] == n and t["tune_cross_entropy"] == searches[n].losses[searches[n].best]
+                    t["index"] for t in trials if t["optimizer"] == n and t["values"] == _values(searches[n].best)
                 ),
                 "edge": searches[n].at_edge,
             }
@@ -372,6 +466,9 @@ def _to_target(directory: Path, names: Sequence[str], finals: list[dict[str, Any
     """How much each optimizer needed to reach the final loss of each other one: per pair of seeds, then the median."""
     curves: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in names}
     for final in finals:
+        if final["status"] != "finished":
+            curves[final["optimizer"]].append([])  # no final loss to reach, and its pair is left out
+            continue
         try:
             rows = read_run(directory / final["directory"])["history"]["eval"]
         except InputError:

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ class Progress:
     seconds: float = 0.0
     """Seconds of training so far."""
     message: str | None = None
+    retried: bool = False
+    """Whether its process died once, killed or out of memory."""
 
 
 OnProgress = Callable[[list[Progress]], None]
@@ -48,12 +51,15 @@ def outline(metrics: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in metrics.items() if key not in ("history", "routing", "config")}
 
 
-def failed(job: Job, message: str) -> dict[str, Any]:
-    return {"status": "failed", "message": message, "directory": str(job.directory), "final": {}, "updates": 0}
+def failed(directory: Path | str, error: BaseException) -> dict[str, Any]:
+    """The outcome of a job that could not be carried out, which says nothing about its optimizer."""
+    text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+    return {"status": "failed", "message": text.splitlines()[0], "directory": str(directory), "final": {}, "updates": 0}
 
 
 class Executor:
-    """Takes jobs with `submit`, gives their outcomes in the order they end with `results`.
+    """Takes jobs with `submit`, gives their outcomes in the order they end with `results`: a run's metrics without its
+    history, or status "failed" with a message. A job that dies with its process is tried once more.
 
     `workers` 0 runs each job in this process when `results` is asked for it; otherwise that many processes run them,
     with as many threads as each job's configuration says. When `should_stop` says so, running jobs stop cleanly after
@@ -64,17 +70,25 @@ class Executor:
         self, workers: int = 0, on_progress: OnProgress | None = None, should_stop: Callable[[], bool] = lambda: False
     ) -> None:
         self.on_progress, self.should_stop = on_progress, should_stop
+        if workers < 0:
+            raise InputError(f"the number of workers is {workers}; it must be 0 (this process) or more")
+        self.workers = workers
         self.states: list[Progress] = []
         self._waiting: dict[Any, Progress] = {}
         self._inline: list[Progress] = []
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
         self._stop: Any = None
         if workers:
-            context = multiprocessing.get_context("spawn")
-            self._stop = context.Event()
-            self._pool = concurrent.futures.ProcessPoolExecutor(
-                workers, mp_context=context, initializer=_start_worker, initargs=(self._stop,)
-            )
+            self._stop = multiprocessing.get_context("spawn").Event()
+            self._pool = self._new_pool()
+
+    def _new_pool(self) -> concurrent.futures.ProcessPoolExecutor:
+        return concurrent.futures.ProcessPoolExecutor(
+            self.workers,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(self._stop,),
+        )
 
     def __enter__(self) -> "Executor":
         return self
@@ -91,8 +105,16 @@ class Executor:
         if self._pool is None:
             self._inline.append(state)
         else:
-            future = self._pool.submit(_work, job.config.to_dict(), str(job.directory))
-            self._waiting[future] = state
+            self._send(state)
+
+    def _send(self, state: Progress) -> None:
+        assert self._pool is not None
+        try:
+            future = self._pool.submit(_work, state.job.config.to_dict(), str(state.job.directory))
+        except BrokenProcessPool:
+            self._pool = self._new_pool()
+            future = self._pool.submit(_work, state.job.config.to_dict(), str(state.job.directory))
+        self._waiting[future] = state
 
     def results(self) -> Iterator[tuple[Job, dict[str, Any]]]:
         """Outcomes until no submitted job is left; more may be submitted in between."""
@@ -108,11 +130,12 @@ class Executor:
                 raise KeyboardInterrupt
             for future in done:
                 state = self._waiting.pop(future)
-                try:
-                    outcome = future.result()
-                except Exception as error:  # a killed worker, out of memory, a bug in one run: the others go on
-                    outcome = failed(state.job, f"{type(error).__name__}: {error}".splitlines()[0])
-                yield self._settle(state, outcome)
+                error = future.exception()
+                if isinstance(error, BrokenProcessPool) and not state.retried:
+                    state.retried, state.status = True, "waiting"
+                    self._send(state)
+                    continue
+                yield self._settle(state, failed(state.job.directory, error) if error else future.result())
 
     def _run_here(self, state: Progress) -> dict[str, Any]:
         last = 0.0
@@ -128,8 +151,8 @@ class Executor:
             return outline(
                 run(state.job.config, directory=state.job.directory, on_event=follow, should_stop=self.should_stop)
             )
-        except InputError as error:
-            return failed(state.job, str(error))
+        except Exception as error:  # out of memory, a full disk, a bug in one run: the others go on
+            return failed(state.job.directory, error)
 
     def _settle(self, state: Progress, outcome: dict[str, Any]) -> tuple[Job, dict[str, Any]]:
         state.status, state.message, state.update = outcome["status"], outcome.get("message"), outcome["updates"]
@@ -191,5 +214,5 @@ def _die_with_parent(parent: int) -> None:
 def _work(config: dict[str, Any], directory: str) -> dict[str, Any]:
     try:
         return outline(run(from_dict(config), directory=directory, should_stop=_stop_event.is_set))
-    except InputError as error:
-        return {"status": "failed", "message": str(error), "directory": directory, "final": {}, "updates": 0}
+    except Exception as error:
+        return failed(directory, error)

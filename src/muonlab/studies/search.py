@@ -75,7 +75,7 @@ class Search:
     @property
     def best(self) -> Point:
         """The point with the lowest loss, the lowest learning rate at ties: where everything diverged, the gentlest."""
-        return min(self.losses, key=lambda point: (self.losses[point], point.lr))
+        return min(self.losses, key=lambda point: (self.losses[point], point.lr, self.asked.index(point)))
 
     @property
     def diverged(self) -> bool:
@@ -87,6 +87,22 @@ class Search:
         """Whether the best learning rate is the lowest or highest tried: a wider range may hold a better one."""
         tried = [point.lr for point in self.losses]
         return len(set(tried)) > 1 and self.best.lr in (min(tried), max(tried))
+
+    @property
+    def varied(self) -> dict[str, list[float]]:
+        """The values tried of every knob of which there is more than one, ascending."""
+        tried: dict[str, list[float]] = {}
+        for knob in ("lr", "auxiliary", "weight_decay", "momentum"):
+            values = sorted({value for point in self.losses if (value := getattr(point, knob)) is not None})
+            if len(values) > 1:
+                tried[knob] = values
+        return tried
+
+    @property
+    def edges(self) -> list[str]:
+        """Knobs whose best value is the lowest or highest tried."""
+        best = self.best
+        return [knob for knob, values in self.varied.items() if getattr(best, knob) in (values[0], values[-1])]
 
     def tell(self, point: Point, loss: float) -> None:
         self.losses[point] = loss if math.isfinite(loss) else math.inf

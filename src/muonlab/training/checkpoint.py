@@ -1,9 +1,11 @@
 """Checkpoints: everything a run needs to go on bit for bit, replaced atomically."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import nn
 
@@ -19,10 +21,14 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def _save(state: dict[str, Any], file: Path) -> None:
+    _write(torch.save, state, file)
+
+
+def _write(save: Callable[..., Any], *arguments: Any) -> None:
     try:
-        torch.save(state, file)
-    except RuntimeError as error:  # torch reports a full disk as a RuntimeError of its writer
-        raise OSError(0, f"writing the checkpoint failed ({str(error).splitlines()[0]}); is the disk full?") from None
+        save(*arguments)
+    except (RuntimeError, SafetensorError) as error:  # what their writers make of a full disk
+        raise OSError(0, f"writing failed ({str(error).splitlines()[0]}); is the disk full?") from None
 
 
 def load(path: Path, device: str) -> dict[str, Any] | None:
@@ -40,4 +46,4 @@ def load(path: Path, device: str) -> dict[str, Any] | None:
 
 def save_weights(path: Path, model: nn.Module) -> None:
     """The model's weights as `model.safetensors` in the run directory `path`; tied tensors are stored once."""
-    replace_file(path / "model.safetensors", lambda temporary: save_model(model, str(temporary)))
+    replace_file(path / "model.safetensors", lambda temporary: _write(save_model, model, str(temporary)))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from muonlab.data import DataOptions
 from muonlab.errors import InputError, unknown
@@ -36,8 +37,9 @@ class LossOptions:
     def __post_init__(self) -> None:
         if not 0.0 <= self.label_smoothing < 1.0:
             raise InputError(f"loss.label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1")
-        if self.focal_gamma < 0 or self.z_loss < 0:
-            raise InputError("loss.focal_gamma and loss.z_loss must not be negative")
+        for name in ("focal_gamma", "z_loss"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"loss.{name} is {getattr(self, name)}; it must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +54,8 @@ class TrainingOptions:
     """Sequences in one forward and backward pass."""
     accumulation: int = 1
     """Micro-batches in one update."""
-    clip_norm: float | None = 1.0
-    """Largest global gradient norm; none turns clipping off."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward pass: auto is bf16 on CUDA and fp32 elsewhere; fp16 scales the loss."""
     device: str = "auto"
@@ -79,8 +81,11 @@ class TrainingOptions:
         for name in ("updates", "micro_batch_size", "accumulation", "eval_every", "eval_tokens", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise InputError(f"training.clip_norm is {self.clip_norm}; it must be above 0 (or none)")
+        for name in ("clip_norm", "threads", "logit_chunk_bytes"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"training.{name} is {getattr(self, name)}; it must be 0 or more")
+        if not self.divergence_bound > 0:
+            raise InputError(f"training.divergence_bound is {self.divergence_bound}; it must be above 0")
         if not self.eval_splits:
             raise InputError("training.eval_splits is empty; name tune, report or both")
 
@@ -95,7 +100,7 @@ class RunConfig(BaseModel, Generic[O_]):
 
     name: str = "run"
     """Label in tables and file names; not part of the identity."""
-    seed: int = 1
+    seed: int = Field(default=1, ge=0, lt=2**62)
     """Decides initial weights, batch order, dropout and router noise."""
     model: ModelOptions
     data: DataOptions
@@ -181,12 +186,12 @@ def resolve_machine(config: RunConfig[Any]) -> RunConfig[Any]:
     device = training.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise InputError(f"training.device is {device!r}; known: auto, cpu, cuda, cuda:N, mps") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"training.device is {device!r} but torch sees no CUDA device; use cpu or auto")
+    kind = device.split(":")[0]
+    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if kind not in here:
+        raise InputError(f"training.device is {device!r}; known: auto, cpu, cuda, cuda:N, mps")
+    if not here[kind]:
+        raise InputError(f"training.device is {device!r} but torch sees no such device here; use cpu or auto")
     precision = training.precision
     if precision == "auto":
         precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
@@ -216,6 +221,13 @@ def choose_program(wanted: str, device: str, precision: str) -> str:
             "training.program graph needs CUDA and bf16 or fp32 (fp16's loss scale decides on the host); use auto"
         )
     return wanted
+
+
+def with_vocabulary(config: RunConfig[Any]) -> RunConfig[Any]:
+    """A model whose vocabulary the tokenizer will decide, with the size that it is to have; no data is read."""
+    if config.model.vocab_size:
+        return config
+    return replace(config, model={"vocab_size": 257 if config.data.tokenizer == "bytes" else config.data.vocab_size})
 
 
 def run_id(config: RunConfig[Any], data_checksum: str) -> str:

@@ -7,7 +7,7 @@ import torch
 
 from muonlab.models import Transformer
 from muonlab.optim.registry import build_optimizer
-from muonlab.training.config import RunConfig, replace, resolve_machine
+from muonlab.training.config import RunConfig, resolve_machine, with_vocabulary
 from muonlab.training.update import Update
 
 
@@ -16,9 +16,7 @@ def seconds_per_update(config: RunConfig[Any], updates: int = 3) -> float:
 
     A vocabulary that the tokenizer would decide is taken from `data.vocab_size`. No data is read.
     """
-    if config.model.vocab_size == 0:
-        config = replace(config, model={"vocab_size": config.data.vocab_size})
-    config = resolve_machine(config)
+    config = resolve_machine(with_vocabulary(config))
     torch.manual_seed(config.seed)
     torch.set_num_threads(config.training.threads)
     device = torch.device(config.training.device)

@@ -43,14 +43,19 @@ def resolve(config: RunConfig[Any], *, fallback: bool = False, progress: bool = 
 
     With `fallback`, the default corpus is replaced by `pydoc` where nothing can be downloaded, and the notice kept.
     """
+    config = resolve_machine(config)
     dataset = prepare(config.data, progress=progress, fallback=fallback)
     if config.model.vocab_size not in (0, dataset.vocab_size) and config.model.vocab_size < dataset.vocab_size:
         raise InputError(
             f"model.vocab_size is {config.model.vocab_size} but the tokenizer has {dataset.vocab_size}; use 0 to follow it"
         )
     for split in ("train", *config.training.eval_splits):
-        window_count(dataset.split(split), config.model.seq_len)  # an InputError now rather than in mid-run
-    config = resolve_machine(config)
+        windows = window_count(dataset.split(split), config.model.seq_len)  # an InputError now, not in mid-run
+        sequences = config.training.accumulation * config.training.micro_batch_size
+        if split == "train" and sequences > windows:
+            raise InputError(
+                f"an update of {sequences} sequences is more than an epoch of this text ({windows} windows)"
+            )
     vocab_size = config.model.vocab_size or dataset.vocab_size
     return replace(config, model={"vocab_size": vocab_size}, data={"corpus": dataset.corpus}), dataset
 
@@ -77,15 +82,19 @@ def run(
     identity = run_id(config, dataset.checksum)
     path = Path(directory) if directory is not None else Path(root) / f"{config.name}-{identity}"
     files = RunDirectory(path, identity)
+    threads = torch.get_num_threads()
     try:
         done = finished(path, identity)
         if done is not None:
             return done
         torch.set_num_threads(config.training.threads)
+        if config.training.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(config.training.device)
         return Loop(config, dataset, identity, files, on_event).train(
             should_stop or (lambda: False), allow_version_change
         )
     finally:
+        torch.set_num_threads(threads)
         files.close()
 
 
@@ -117,6 +126,7 @@ class Loop:
             for split in training.eval_splits
         ]
         self.made = 0  # updates made
+        self.timed = 0  # those of them whose time counts as training
         self.seconds = {"training": 0.0, "compilation": 0.0, "evaluation": 0.0, "other": 0.0}
         self.pending: list[torch.Tensor] = []
         self.rows: list[dict[str, Any]] = []
@@ -177,6 +187,7 @@ class Loop:
         )
         self.pending.append(result)
         self.made += 1
+        self.timed += clock == "training"
         if clock == "compilation" or self.device.type == "cpu" or len(self.pending) == READ_EVERY:
             return self.read_pending(start, clock)
         self.seconds["training"] += time.perf_counter() - start
@@ -239,6 +250,7 @@ class Loop:
             "code": versions()["code"],
             "update": self.made,
             "seconds": dict(self.seconds),
+            "timed": self.timed,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.update.precision.scaler.state_dict(),
@@ -263,7 +275,7 @@ class Loop:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.update.precision.scaler.load_state_dict(state["scaler"])
-        self.made, self.seconds = state["update"], dict(state["seconds"])
+        self.made, self.timed, self.seconds = state["update"], state["timed"], dict(state["seconds"])
 
     def write_metrics(self, status: str, message: str | None) -> dict[str, Any]:
         config, dataset = self.config, self.dataset
@@ -273,7 +285,7 @@ class Loop:
         best = min(evaluations, key=lambda row: row["cross_entropy"], default=None)
         final = {row["split"]: row for row in past["eval"]}  # the last row of each split
         tokens = self.made * config.tokens_per_update
-        speed = self.made / self.seconds["training"] if self.seconds["training"] else 0.0
+        speed = self.timed / self.seconds["training"] if self.seconds["training"] else 0.0
         metrics = {
             "schema": 1,
             "run_id": self.identity,
@@ -338,7 +350,8 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Largest memory so far in bytes: allocated on a CUDA device, resident for the whole process elsewhere."""
+    """Largest memory so far in bytes: allocated by this run on a CUDA device; elsewhere resident in the whole process,
+    which may have made other runs before."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -21,6 +21,8 @@ import muonlab
 from muonlab.errors import InputError
 from muonlab.files import replacing
 
+RUN_HEADER = "# muonlab run "
+"""How the config.toml of a run begins; its id follows."""
 ROOMS_THAT_DECIDE = ("optim", "models", "data", "training")
 
 
@@ -85,6 +87,7 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot make the run directory {path}: {error.strerror}") from None
+        stored_run_id(path)  # leaves a folder of something else without so much as a lock in it
         if not os.access(path, os.W_OK):
             raise InputError(f"the run directory {path} is not writable; choose another with --output")
         self._lock = filelock.FileLock(path / "run.lock")
@@ -96,18 +99,18 @@ class RunDirectory:
             raise InputError(f"cannot lock the run directory {path}: {error.strerror}") from None
         found = stored_run_id(path)
         if found is not None and found != run_id:
-            self.close()
+            self._lock.release()
             raise InputError(f"{path} holds another run ({found}, this is {run_id}); choose another --output")
         self._rows: Any = None
 
     def close(self) -> None:
-        if getattr(self, "_rows", None) is not None:
+        if self._rows is not None:
             self._rows.close()
             self._rows = None
         self._lock.release()
 
     def write_config(self, config: dict[str, Any], run_id: str) -> None:
-        text = f"# muonlab run {run_id}\n{tomli_w.dumps(without_none(config))}"
+        text = f"{RUN_HEADER}{run_id}\n{tomli_w.dumps(without_none(config))}"
         replace_file(self.path / "config.toml", lambda file: file.write_text(text, encoding="utf-8"))
 
     def start(self, update: int) -> list[dict[str, Any]]:
@@ -144,7 +147,11 @@ def stored_run_id(path: Path) -> str | None:
                 f"{path} is not empty and holds no run ({strangers[0]}); choose another --output"
             ) from None
         return None
-    return first.removeprefix("# muonlab run ").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path / 'config.toml'}: {error}") from None
+    if not first.startswith(RUN_HEADER):
+        raise InputError(f"{path / 'config.toml'} does not begin with '{RUN_HEADER}ID': no run, or one that was edited")
+    return first.removeprefix(RUN_HEADER).strip()
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -159,8 +166,10 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         if not line:
             continue
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
+            row = json.loads(line)
+            if row["kind"] in ("train", "eval") and isinstance(row["update"], int):
+                yield row
+        except (json.JSONDecodeError, KeyError, TypeError):
             if number == len(lines):  # no newline behind it: the write was cut off
                 return
             raise InputError(
@@ -182,7 +191,8 @@ def read_run(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path / 'metrics.json'} is damaged; run it again or delete it") from None
     except OSError as error:
         raise InputError(f"cannot read {path / 'metrics.json'}: {error.strerror}") from None
-    if not isinstance(metrics, dict) or "history" not in metrics:
+    needed = {"status", "history", "config", "seconds", "data", "versions", "seed", "updates"}
+    if not isinstance(metrics, dict) or not needed <= set(metrics):
         raise InputError(f"{path / 'metrics.json'} is not the record of a run; delete it")
     if metrics["status"] != "finished":
         metrics["history"] = history(list(read_rows(path)))
@@ -200,7 +210,12 @@ def history(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def find_runs(root: str | Path) -> list[Path]:
     """Every run directory at or below `root`, sorted."""
-    return sorted(file.parent for file in Path(root).rglob("config.toml") if (file.parent / "run.lock").exists())
+    return sorted(file.parent for file in Path(root).rglob("config.toml") if _holds_run(file))
+
+
+def _holds_run(file: Path) -> bool:
+    with open(file, "rb") as opened:
+        return opened.read(len(RUN_HEADER)) == RUN_HEADER.encode()
 
 
 def delete_run(path: Path) -> None:

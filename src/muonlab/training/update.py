@@ -159,7 +159,7 @@ class Update:
 
     def _clip(self) -> Tensor:
         limit = self.config.training.clip_norm
-        if limit is not None:
+        if limit:
             return nn.utils.clip_grad_norm_(self.parameters, limit)
         return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
