@@ -251,15 +251,8 @@ def cmd_compare(options: Any) -> int:
     from muonlab.report import print_comparison, write_comparison, write_run
     from muonlab.report.live import StudyProgress
     from muonlab.report.live import clock as clock_text
-    from muonlab.studies.compare import (
-        base_values,
-        compare,
-        comparison_directory,
-        delete_comparison,
-        make_budget,
-        make_plan,
-        resolve_plan,
-    )
+    from muonlab.studies.compare import compare, comparison_directory, delete_comparison, resolve_plan
+    from muonlab.studies.plan import base_values, make_budget, make_plan
     from muonlab.training.config import from_dict, merge
     from muonlab.training.estimate import seconds_per_update
     from muonlab.training.loop import interruptible

@@ -12,7 +12,8 @@ from runs import TINY
 from muonlab.errors import InputError
 from muonlab.optim.registry import OPTIMIZERS
 from muonlab.studies import executor
-from muonlab.studies.compare import claimed, compare, delete_comparison, labels, make_plan, resolve_plan
+from muonlab.studies.compare import claimed, compare, delete_comparison, resolve_plan
+from muonlab.studies.plan import labels, make_plan
 from muonlab.training.config import merge
 from muonlab.training.loop import run
 
@@ -185,7 +186,7 @@ def test_a_comparison_killed_at_random_moments_loses_and_repeats_no_finished_run
 
     script = tmp_path / "compare.py"
     script.write_text(
-        "import json, sys\nfrom muonlab.studies.compare import compare, make_plan\n"
+        "import json, sys\nfrom muonlab.studies.compare import compare\nfrom muonlab.studies.plan import make_plan\n"
         "compare(make_plan(['muon', 'adamw'], json.loads(sys.argv[1]), budget=json.loads(sys.argv[2])), sys.argv[3])\n"
     )
     budget = {"trials": 2, "seeds": 2, "updates": 60}

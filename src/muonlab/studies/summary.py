@@ -1,0 +1,209 @@
+"""What a comparison found, as the plain values of comparison_summary.json."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from muonlab.data import Dataset
+from muonlab.errors import InputError
+from muonlab.studies.executor import Job
+from muonlab.studies.plan import Plan
+from muonlab.studies.search import Point, Search
+from muonlab.studies.statistics import compare_paired, median_to_target, to_target
+from muonlab.training.tracking import read_run, versions
+
+KNOBS = {
+    "lr": "learning rate of hidden matrices",
+    "auxiliary": "learning rate of embeddings and head",
+    "weight_decay": "weight decay",
+    "momentum": "momentum (Adam: beta 1)",
+}
+
+
+def final_loss(outcome: Mapping[str, Any], split: str) -> float:
+    """Cross-entropy at the last evaluation on `split`; infinity for a run that did not finish."""
+    if outcome["status"] != "finished":
+        return float("inf")
+    return float(outcome["final"][split]["cross_entropy"])
+
+
+def _values(point: Point) -> dict[str, float]:
+    return {key: value for key, value in asdict(point).items() if key != "stage" and value is not None}
+
+
+def trial_entry(directory: Path, job: Job, point: Point, outcome: dict[str, Any], loss: float) -> dict[str, Any]:
+    return {
+        "optimizer": job.group,
+        "stage": point.stage,
+        "values": _values(point),
+        "status": outcome["status"],
+        "message": outcome.get("message"),
+        "tune_cross_entropy": loss,
+        "seconds": outcome.get("seconds", {}).get("training"),
+        "directory": str(job.directory.relative_to(directory)),
+    }
+
+
+def summarize(
+    plan: Plan,
+    directory: Path,
+    dataset: Dataset,
+    searches: dict[str, Search],
+    trials: list[dict[str, Any]],
+    outcomes: dict[str, dict[int, dict[str, Any]]],
+) -> dict[str, Any]:
+    names, data = list(searches), dataset.describe()
+    reference = names[-1]
+    counters = dict.fromkeys(names, 0)
+    for trial in trials:
+        trial["index"] = counters[trial["optimizer"]]
+        counters[trial["optimizer"]] += 1
+    if set(counters.values()) != {plan.budget.trials}:
+        raise RuntimeError(f"unequal tuning budgets: {counters}")
+    finals = []
+    for label in names:
+        for seed, outcome in outcomes[label].items():
+            last = outcome["final"].get("report", {})
+            finals.append(
+                {
+                    "optimizer": label,
+                    "seed": seed,
+                    "status": outcome["status"],
+                    "message": outcome.get("message"),
+                    "report_cross_entropy": final_loss(outcome, "report"),
+                    "bits_per_byte": last.get("bits_per_byte"),
+                    "perplexity": last.get("perplexity"),
+                    "accuracy": last.get("accuracy"),
+                    "seconds": outcome.get("seconds", {}).get("training"),
+                    "directory": str(Path(outcome["directory"]).relative_to(directory)),
+                }
+            )
+    losses = {n: [final_loss(outcomes[n][seed], "report") for seed in plan.seeds(n)] for n in names}
+    entropy = dataset.report.unigram_entropy  # no unigram model of this split does better
+    learned = {n: statistics.fmean(losses[n]) < entropy for n in names}
+    flags = [
+        f"{n}: the best {KNOBS[knob]} lies at the edge of the range tried; a wider search may find a better one"
+        for n in names
+        for knob in searches[n].edges
+    ]
+    flags += [f"{n}: did not get below the unigram entropy of {entropy:.3f} nats" for n in names if not learned[n]]
+    flags += [
+        f"{n}: every trial diverged; centre its search lower with --lr-center {n}=LR"
+        for n in names
+        if searches[n].diverged
+    ]
+    flags += [
+        f"{t['optimizer']}: trial {t['index']} {t['status']} ({t['message']})"
+        for t in trials
+        if t["status"] != "finished"
+    ]
+    flags += [
+        f"{f['optimizer']}: seed {f['seed']} {f['status']} ({f['message']})"
+        for f in finals
+        if f["status"] != "finished"
+    ]
+    flags += data["notices"]
+    return {
+        "schema": 1,
+        "kind": "comparison",
+        "identity": plan.identity,
+        "question": f"Is {' or '.join(names[:-1])} better than {reference} here?",
+        "optimizers": names,
+        "reference": reference,
+        "profile": plan.profile,
+        "budget": {
+            **asdict(plan.budget),
+            "tokens_per_update": plan.base.tokens_per_update,
+            "knobs": {n: [KNOBS[knob] for knob in searches[n].varied] for n in names},
+            "spent": {
+                n: {
+                    "trials": counters[n],
+                    "updates": counters[n] * plan.budget.updates,
+                    "training_seconds": sum(t["seconds"] or 0.0 for t in trials if t["optimizer"] == n),
+                }
+                for n in names
+            },
+        },
+        "setting": {
+            "config": plan.base.to_dict(),
+            "data": data,
+            "updates": plan.budget.updates,
+            "device": plan.base.training.device,
+            "threads": plan.base.training.threads,
+            "versions": versions(),
+        },
+        "trials": trials,
+        "chosen": {
+            n: {
+                "values": _values(searches[n].best),
+                "options": searches[n].best.options(n.split("#")[0]),
+                "trial": next(
+                    t["index"] for t in trials if t["optimizer"] == n and t["values"] == _values(searches[n].best)
+                ),
+                "edge": searches[n].at_edge,
+            }
+            for n in names
+        },
+        "finals": finals,
+        "gate": {"unigram_entropy": entropy, "passed": learned},
+        "verdicts": [_verdict(n, reference, losses, learned, entropy) for n in names[:-1]],
+        "to_target": _to_target(directory, names, finals),
+        "flags": flags,
+    }
+
+
+def _verdict(
+    candidate: str, reference: str, losses: dict[str, list[float]], learned: dict[str, bool], entropy: float
+) -> dict[str, Any]:
+    head = {"candidate": candidate, "reference": reference, "metric": "report cross-entropy (nats/token)"}
+    pairs = compare_paired(dict(enumerate(losses[candidate], 1)), dict(enumerate(losses[reference], 1)))
+    stuck = [name for name in (candidate, reference) if not learned[name]]
+    if len(stuck) == 2:
+        sentence = (
+            f"no verdict: neither {candidate} nor {reference} got below the unigram entropy of {entropy:.3f} nats; "
+            "train for more updates"
+        )
+        return {**head, **pairs.to_dict(), "verdict": "no verdict", "sentence": sentence}
+    return {**head, **pairs.to_dict(), "sentence": pairs.sentence(candidate, reference)}
+
+
+def _to_target(directory: Path, names: Sequence[str], finals: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How much each optimizer needed to reach the final loss of each other one: per pair of seeds, then the median."""
+    curves: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in names}
+    for final in finals:
+        if final["status"] != "finished":
+            curves[final["optimizer"]].append([])  # no final loss to reach, and its pair is left out
+            continue
+        try:
+            rows = read_run(directory / final["directory"])["history"]["eval"]
+        except InputError:
+            rows = []
+        curves[final["optimizer"]].append([row for row in rows if row["split"] == "report"])
+    table = []
+    for name in names:
+        for other in names:
+            if name == other:
+                continue
+            pairs = [
+                (ours, theirs[-1]["cross_entropy"])
+                for ours, theirs in zip(curves[name], curves[other], strict=True)
+                if ours and theirs and theirs[-1]["cross_entropy"] is not None
+            ]
+            if not pairs:
+                continue
+            needed = [to_target(ours, target) for ours, target in pairs]
+            middle = median_to_target(needed)
+            table.append(
+                {
+                    "optimizer": name,
+                    "target": f"{other}'s final loss",
+                    "target_loss": statistics.fmean(target for _, target in pairs),
+                    "updates": middle.updates,
+                    "tokens": middle.tokens,
+                    "seconds": middle.seconds,
+                    "reached": f"{sum(n.updates != float('inf') for n in needed)} of {len(needed)}",
+                }
+            )
+    return table
