@@ -65,8 +65,9 @@ def print_comparison(directory: str | Path, console: Any = None) -> None:
     """Print trials, final losses, targets and verdicts of the comparison in `directory` (to a rich console)."""
     from rich.console import Console
 
-    from muonlab.report.reading import SUMMARY, read_summary
+    from muonlab.report.reading import read_summary
     from muonlab.report.tables import comparison_tables
+    from muonlab.studies.compare import SUMMARY
 
     console = console or Console()
     for part in comparison_tables(read_summary(Path(directory) / SUMMARY)):

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from muonlab.errors import InputError
+from muonlab.studies.compare import SUMMARY
 from muonlab.training.tracking import read_run
-
-SUMMARY = "comparison_summary.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +55,10 @@ def read_summary(path: Path) -> dict[str, Any]:
     ]
     if missing:
         raise InputError(f"{path} lacks {', '.join(missing)}; run the comparison again, finished runs are kept")
+    for part, keys in {"trials": ("optimizer", "values", "status"), "finals": ("optimizer", "seed", "status")}.items():
+        for entry in summary[part]:
+            if not isinstance(entry, dict) or not set(keys) <= set(entry):
+                raise InputError(f"{path}: an entry of {part} lacks {', '.join(keys)}; run the comparison again")
     return summary
 
 
