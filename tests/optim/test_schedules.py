@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,3 +98,13 @@ def test_live_tensors_are_filled_and_remembered_at_their_first_value():
 def test_impossible_schedules_are_refused(options, words):
     with pytest.raises(InputError, match=words):
         Schedule(**options)
+
+
+@pytest.mark.parametrize(("kind", "last"), [("cosine", 0.905), ("linear", 0.81)])
+def test_a_stretched_shape_is_cut_off_where_the_run_ends(kind, last):
+    """Seed 001's clock: 500 "steps" were 125 updates; the lowest rate its logs hold is 0.9051 of the peak."""
+    schedule = Schedule(kind=kind, warmup=0.05, final=0.1, stretch=4.0)
+    rates = [schedule.factor(update, 125) for update in range(125)]
+    assert rates == [replace(schedule, stretch=1.0).factor(update, 500) for update in range(125)]
+    assert rates.index(1.0) == 24  # a warm-up of 25 updates: a fifth of the run, where 5 % were meant
+    assert rates[-1] == pytest.approx(last, abs=2e-3)

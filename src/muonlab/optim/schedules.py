@@ -38,6 +38,9 @@ class Schedule:
     """wsd: fraction of all updates in which the factor falls."""
     stages: int = 4
     """step: number of equal stages."""
+    stretch: float = 1.0
+    """The shape, warm-up included, is laid over this many times the run's updates and cut off where the run ends. For
+    reproducing published runs: a clock that counts 4 micro-batches per update gives 4."""
     momentum_warmup: int = 0
     """Updates in which the momentum of Muon rises linearly from `momentum_start` to its own value; 0: no warm-up."""
     momentum_start: float = 0.85
@@ -53,14 +56,18 @@ class Schedule:
                 raise InputError(f"schedule.{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.kind in ("exponential", "step") and self.final == 0:
             raise InputError(f"schedule.final must be above 0 for the {self.kind} schedule, which multiplies")
+        if not 1 <= self.stretch < math.inf:
+            raise InputError(f"schedule.stretch must be at least 1, got {self.stretch}")
         if self.stages < 1 or self.momentum_warmup < 0 or not 0 <= self.momentum_start < 1:
             raise InputError("schedule: stages >= 1, momentum_warmup >= 0 and 0 <= momentum_start < 1 are required")
 
     def factor(self, update: int, updates: int) -> float:
         """Fraction of the peak for update `update` (0-based, the one about to be made) of `updates` in all.
 
-        The first update of a warm-up of w updates has 1/w, the one after it the peak, the last update of all `final`.
+        The first update of a warm-up of w updates has 1/w, the one after it the peak, the last update of all `final`
+        (unless the shape is stretched beyond it).
         """
+        updates = round(self.stretch * updates)
         warmup = round(self.warmup * updates)
         if update < warmup:
             return (update + 1) / warmup
