@@ -3,8 +3,9 @@
 import math
 import random
 
-from muonlab.report.reading import read_comparison
-from muonlab.report.stability import plateaus, recommendations, spikes
+from muonlab.diagnostics.stability import plateaus, spikes
+from muonlab.report.reading import read_material
+from muonlab.report.stability import recommendations
 
 
 def smooth(updates=200):
@@ -33,14 +34,14 @@ def test_a_pause_that_ends_is_a_plateau_and_the_end_of_the_curve_is_none():
 
 
 def test_the_best_is_recommended_and_what_failed_is_advised_against(comparison):
-    found = recommendations(read_comparison(comparison).summary)
+    found = recommendations(read_material(comparison).summary)
     assert [entry.kind for entry in found] == ["primary", "avoid"]
     assert found[0].text.startswith("muon with lr 0.02")
     assert found[1].text == "adamw at lr 0.00949"
 
 
 def test_the_faster_of_two_good_ones_is_named(comparison):
-    summary = read_comparison(comparison).summary
+    summary = read_material(comparison).summary
     for entry in summary["finals"]:
         entry["report_cross_entropy"] = 3.6 if entry["optimizer"] == "muon" else 3.61
         entry["seconds"] = 20.0 if entry["optimizer"] == "muon" else 10.0
@@ -51,14 +52,14 @@ def test_the_faster_of_two_good_ones_is_named(comparison):
 
 
 def test_nothing_is_recommended_when_nothing_finished(comparison):
-    summary = read_comparison(comparison).summary
+    summary = read_material(comparison).summary
     for entry in summary["finals"]:
         entry["report_cross_entropy"] = None
     assert recommendations(summary) == []
 
 
 def test_a_recommendation_says_when_the_verdict_is_open(comparison):
-    summary = read_comparison(comparison).summary
+    summary = read_material(comparison).summary
     summary["verdicts"][0]["verdict"] = "not distinguishable"
     assert "not distinguishable from adamw" in recommendations(summary)[0].reason
     summary["gate"] = {"unigram_entropy": 1.0, "passed": False}

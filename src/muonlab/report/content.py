@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from muonlab.diagnostics.stability import plateaus, spikes
 from muonlab.report import series, style
 from muonlab.report.differences import differing, routing_rules
 from muonlab.report.reading import Material, finals_of
-from muonlab.report.stability import plateaus, spikes
 from muonlab.report.threats import not_learned
 from muonlab.studies.statistics import holm, lr_optimum
 
@@ -248,7 +248,7 @@ def routing(material: Material) -> list[dict[str, Any]]:
         if runs and runs[0].get("routing"):
             rows = routing_rules(runs[0]["routing"])
             columns = list(dict.fromkeys(key for row in rows for key in row if key != "names"))
-            tables.append({"optimizer": name, "columns": columns, "rows": rows})
+            tables.append({"group": name, "columns": columns, "rows": rows})
     return tables
 
 
