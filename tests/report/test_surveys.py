@@ -3,7 +3,7 @@
 import pytest
 
 from muonlab.report.surveys import heatmap_plot, pareto_front, pareto_plot, profile_plot
-from muonlab.studies.statistics import performance_profile
+from muonlab.studies.curves import performance_profile
 from muonlab.training.tracking import read_run
 
 

@@ -9,7 +9,8 @@ from muonlab.report import series, style
 from muonlab.report.differences import differing, routing_rules
 from muonlab.report.reading import Material, finals_of
 from muonlab.report.threats import not_learned
-from muonlab.studies.statistics import holm, lr_optimum
+from muonlab.studies.curves import lr_optimum
+from muonlab.studies.statistics import holm
 
 
 def answers(summary: Mapping[str, Any]) -> list[dict[str, Any]]:

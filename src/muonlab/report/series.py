@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from muonlab.errors import InputError
-from muonlab.studies.statistics import LRTolerance, lr_tolerance
+from muonlab.studies.curves import LRTolerance, lr_tolerance
 
 DELTA = 0.05
 """Nats per token within which a learning rate counts as good."""

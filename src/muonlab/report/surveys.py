@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from muonlab.report import series, style
 from muonlab.report.differences import flat
 from muonlab.report.figures import RC, empty, plain, save
-from muonlab.studies.statistics import PerformanceProfile
+from muonlab.studies.curves import PerformanceProfile
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -8,10 +8,11 @@ from typing import Any
 
 from muonlab.data import Dataset
 from muonlab.errors import InputError
+from muonlab.studies.curves import median_to_target, to_target
 from muonlab.studies.executor import Job
 from muonlab.studies.plan import Plan
 from muonlab.studies.search import Point, Search
-from muonlab.studies.statistics import compare_paired, median_to_target, to_target
+from muonlab.studies.statistics import compare_paired
 from muonlab.training.tracking import read_run, versions
 
 KNOBS = {
