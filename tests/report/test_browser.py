@@ -46,8 +46,8 @@ def test_it_opens_quietly_and_fits_the_window(page):
 
 
 def test_the_filter_hides_an_optimizer_everywhere(page):
-    rows = page.locator("tr[data-optimizer=adamw]:visible")
-    shown = "[...document.querySelectorAll('.plot')].map(plot => plot.data.filter(t => t.visible !== false).map(t => t.meta.optimizer)).flat()"
+    rows = page.locator("tr[data-group=adamw]:visible")
+    shown = "[...document.querySelectorAll('.plot')].map(plot => plot.data.filter(t => t.visible !== false).map(t => t.meta.group)).flat()"
     assert rows.count() > 0
     assert "adamw" in page.evaluate(shown)
     page.locator("#controls input[value=adamw]").uncheck()

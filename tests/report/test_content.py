@@ -8,7 +8,7 @@ import pytest
 
 from muonlab.report import content, html, interactive, series, style
 from muonlab.report.differences import differing, flat, routing_rules
-from muonlab.report.reading import Material, read_comparison
+from muonlab.report.reading import Material, read_material
 from muonlab.report.threats import threats
 
 
@@ -141,7 +141,7 @@ def test_the_sweep_in_numbers_finds_the_known_optimum(fake, tmp_path):
 
 
 def test_efficiency_is_the_gain_over_counting_words_per_cost(comparison):
-    material = read_comparison(comparison)
+    material = read_material(comparison)
     found = content.efficiency(material, "muon")
     mean = sum(f["report_cross_entropy"] for f in material.summary["finals"][:3]) / 3
     assert found["gain"] == pytest.approx(6.31 - mean)
@@ -151,7 +151,7 @@ def test_efficiency_is_the_gain_over_counting_words_per_cost(comparison):
 
 
 def test_the_answer_says_how_soon_the_other_was_caught_up_with(comparison):
-    summary = read_comparison(comparison).summary
+    summary = read_material(comparison).summary
     (answer,) = content.answers(summary)
     assert (
         "muon reached adamw’s final loss after 71 of 100 updates and 7.9 s of training, where adamw took 13.1 s."
@@ -195,16 +195,16 @@ def titles(material):
 
 
 def changed(comparison, **changes):
-    material = read_comparison(comparison)
+    material = read_material(comparison)
     return Material(summary={**material.summary, **changes}, runs=material.runs, unreadable=material.unreadable)
 
 
 def test_a_clean_comparison_has_no_serious_threat(comparison):
-    assert not [threat for threat in threats(read_comparison(comparison)) if threat.severity == "serious"]
+    assert not [threat for threat in threats(read_material(comparison)) if threat.severity == "serious"]
 
 
 def test_threats_come_from_the_data(comparison, fake, tmp_path):
-    assert "Tuning trials that did not finish" in titles(read_comparison(comparison))
+    assert "Tuning trials that did not finish" in titles(read_material(comparison))
     edge = changed(comparison, chosen={"muon": {"values": {"lr": 0.02}, "trial": 1, "edge": True}})
     assert "muon" in titles(edge)["Best learning rate at the edge of its range"].text
     assert "Not below the unigram entropy" in titles(
@@ -213,7 +213,7 @@ def test_threats_come_from_the_data(comparison, fake, tmp_path):
     fake.fake_comparison(
         tmp_path, seeds=1, epochs=7.5, notices=["enwik8 could not be downloaded; pydoc is used instead"]
     )
-    material = read_comparison(tmp_path)
+    material = read_material(tmp_path)
     next(iter(material.runs.values()))["versions"]["code"] = "another"
     found = titles(material)
     assert found["One seed"].severity == "serious"
@@ -226,14 +226,14 @@ def test_threats_come_from_the_data(comparison, fake, tmp_path):
 
 
 def test_unequal_budgets_are_a_serious_threat(comparison):
-    trials = read_comparison(comparison).summary["trials"][:-1]
+    trials = read_material(comparison).summary["trials"][:-1]
     assert titles(changed(comparison, trials=trials))["Unequal tuning budgets"].severity == "serious"
 
 
 def test_interactive_figures_hold_every_optimizer_and_are_json(comparison):
-    material = read_comparison(comparison)
+    material = read_material(comparison)
     for figure in (interactive.loss_curves(material), interactive.lr_sensitivity(material)):
-        assert {trace["meta"]["optimizer"] for trace in figure["data"]} == {"muon", "adamw"}
+        assert {trace["meta"]["group"] for trace in figure["data"]} == {"muon", "adamw"}
         json.dumps(figure, allow_nan=False)
     curves = interactive.loss_curves(material)
     mean = next(trace for trace in curves["data"] if trace.get("name") == "muon")
@@ -244,7 +244,7 @@ def test_interactive_figures_hold_every_optimizer_and_are_json(comparison):
 
 
 def test_the_diverged_trial_is_drawn_above_the_others(comparison):
-    figure = interactive.lr_sensitivity(read_comparison(comparison))
+    figure = interactive.lr_sensitivity(read_material(comparison))
     points = next(trace for trace in figure["data"] if trace.get("name") == "adamw")
     assert points["marker"]["symbol"].count("x-thin") == 1
     failed = points["marker"]["symbol"].index("x-thin")

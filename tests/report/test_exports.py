@@ -9,12 +9,12 @@ import subprocess
 import pytest
 
 from muonlab.report import exports, write_comparison, write_exports
-from muonlab.report.reading import read_comparison
+from muonlab.report.reading import read_material
 
 
 @pytest.fixture(scope="module")
 def material(comparison):
-    return read_comparison(comparison)
+    return read_material(comparison)
 
 
 def test_every_run_is_a_row_that_reads_back(material):
@@ -87,7 +87,7 @@ def test_the_card_holds_verdict_protocol_threats_and_command(material):
 
 def test_an_interval_of_one_seed_is_unbounded_in_print(fake, tmp_path):
     fake.fake_comparison(tmp_path, seeds=1)
-    assert r"$[-\infty, +\infty]$" in exports.comparison_tex(read_comparison(tmp_path))
+    assert r"$[-\infty, +\infty]$" in exports.comparison_tex(read_material(tmp_path))
 
 
 def test_exports_lie_beside_the_summary(fake, tmp_path):

@@ -22,9 +22,9 @@ def write_comparison(directory: str | Path) -> list[Path]:
     """
     from muonlab.report.figures import comparison_plot
     from muonlab.report.html import comparison_page
-    from muonlab.report.reading import read_comparison
+    from muonlab.report.reading import read_material
 
-    material = read_comparison(directory)
+    material = read_material(directory)
     picture, page = Path(directory) / "comparison_plot.png", Path(directory) / "report.html"
     comparison_plot(material.summary, material.runs, picture)
     text = comparison_page(material)
@@ -40,10 +40,10 @@ def write_exports(directory: str | Path) -> list[Path]:
     `pareto_plot.png` (time against loss of the final runs). InputError without a readable summary.
     """
     from muonlab.report import exports
-    from muonlab.report.reading import read_comparison
+    from muonlab.report.reading import read_material
     from muonlab.report.surveys import pareto_plot
 
-    material = read_comparison(directory)
+    material = read_material(directory)
     texts = {
         "runs.csv": exports.runs_csv(material),
         "curves.csv": exports.curves_csv(material),

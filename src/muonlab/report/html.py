@@ -13,16 +13,31 @@ from muonlab.report.reading import Material
 from muonlab.report.stability import recommendations
 from muonlab.report.threats import threats
 
+COMPARISON_SECTIONS = {
+    "verdict": "Verdict",
+    "loss": "Loss",
+    "rates": "Learning rates",
+    "threats": "Threats to validity",
+    "protocol": "Protocol",
+    "runs": "Runs",
+    "configuration": "Configuration",
+    "reproduce": "Reproduce",
+}
+
 
 def comparison_page(material: Material) -> str:
     """The HTML text of a comparison's report."""
     summary = material.summary
     names = list(summary["optimizers"])
-    return _environment().get_template("comparison.html.j2").render(
-        question=summary["question"],
+    return _page(
+        "comparison.html.j2",
+        kicker="muonlab comparison",
+        title=summary["question"],
+        sections=COMPARISON_SECTIONS.items(),
+        palette=style.colors(names),
+        optimizers=names,
         answers=content.answers(summary),
         strips=content.strips(summary.get("verdicts", ())),
-        optimizers=[{"name": name, "color": color} for name, color in style.colors(names).items()],
         overview=[content.overview(material, name) for name in names],
         targets=summary.get("to_target", ()),
         threats=threats(material),
@@ -40,9 +55,7 @@ def comparison_page(material: Material) -> str:
         command=summary.get("command"),
         config=next((run["config"] for run in material.runs.values()), None),
         figures=figures(material),
-        plotly=plotly_source(),
-        delta=series.DELTA,
-    )  # fmt: skip
+    )
 
 
 def figures(material: Material) -> dict[str, Any]:
@@ -56,11 +69,11 @@ def figures(material: Material) -> dict[str, Any]:
     return {place: figure for place, figure in made.items() if figure}
 
 
-def plotly_source() -> str:
-    """plotly.js, to be inlined once."""
+def _page(template: str, **values: Any) -> str:
+    """A template filled in, with plotly.js inlined once."""
     from plotly.offline import get_plotlyjs
 
-    return str(get_plotlyjs())
+    return _environment().get_template(template).render(plotly=get_plotlyjs(), delta=series.DELTA, **values)
 
 
 def _environment() -> jinja2.Environment:

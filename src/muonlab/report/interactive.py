@@ -1,6 +1,6 @@
 """Figures of the HTML page as plain plotly descriptions (dictionaries): nothing here needs plotly itself.
 
-Each trace carries `meta.optimizer`, by which the page's filter finds it.
+Each trace carries `meta.group`, by which the page's filter finds it.
 """
 
 import math
@@ -74,7 +74,7 @@ def loss_curves(material: Material) -> dict[str, Any] | None:
                 "line": {"width": 0},
                 "mode": "lines",
                 "hoverinfo": "skip",
-                "meta": {"optimizer": name, "x": there_and_back},
+                "meta": {"group": name, "x": there_and_back},
             }
         )
         for seed, losses in zip(curve.seeds, curve.each):
@@ -86,7 +86,7 @@ def loss_curves(material: Material) -> dict[str, Any] | None:
                     "line": {"color": look["color"], "width": 0.7},
                     "opacity": 0.6,
                     "hovertemplate": f"{text(name)}, seed {text(seed)}: %{{y:.4f}} nats<extra></extra>",
-                    "meta": {"optimizer": name, "x": xs},
+                    "meta": {"group": name, "x": xs},
                 }
             )
         traces.append(
@@ -98,7 +98,7 @@ def loss_curves(material: Material) -> dict[str, Any] | None:
                 "line": {"color": look["color"], "width": 2.4},
                 "marker": {"color": look["color"], "symbol": look["symbol"], "size": 7},
                 "hovertemplate": f"<b>{text(name)}</b>, mean of {len(curve.seeds)}: %{{y:.4f}} nats at %{{x:,}}<extra></extra>",
-                "meta": {"optimizer": name, "x": xs},
+                "meta": {"group": name, "x": xs},
             }
         )
     limits = series.zoom(list(curves.values()))
@@ -123,7 +123,7 @@ def lr_sensitivity(material: Material) -> dict[str, Any] | None:
         lrs, best = series.best_by_lr(trials[name])
         line = {"color": look["color"], "width": 1.6}
         traces.append(
-            {"x": lrs, "y": best, "mode": "lines", "line": line, "hoverinfo": "skip", "meta": {"optimizer": name}}
+            {"x": lrs, "y": best, "mode": "lines", "line": line, "hoverinfo": "skip", "meta": {"group": name}}
         )
         points = trials[name]
         ok = [math.isfinite(trial.loss) for trial in points]
@@ -144,7 +144,7 @@ def lr_sensitivity(material: Material) -> dict[str, Any] | None:
                 },
                 "text": [_trial_text(name, trial) for trial in points],
                 "hovertemplate": "%{text}<extra></extra>",
-                "meta": {"optimizer": name},
+                "meta": {"group": name},
             }
         )
         chosen = [trial for trial in points if trial.chosen and math.isfinite(trial.loss)]
@@ -156,7 +156,7 @@ def lr_sensitivity(material: Material) -> dict[str, Any] | None:
                 "mode": "markers",
                 "marker": ring,
                 "hoverinfo": "skip",
-                "meta": {"optimizer": name},
+                "meta": {"group": name},
             }
         )
         width = series.sensitivity(points)
@@ -173,7 +173,7 @@ def lr_sensitivity(material: Material) -> dict[str, Any] | None:
                     "mode": "lines",
                     "line": {"color": look["color"], "width": 7},
                     "hovertemplate": hover + "<extra></extra>",
-                    "meta": {"optimizer": name},
+                    "meta": {"group": name},
                 }
             )
     limits = [min(finite) - (0.08 + 0.06 * len(names)) * span, failed_at + 0.06 * span]
@@ -208,7 +208,7 @@ def training_curves(material: Material, key: str, label: str, log: bool = False)
                         "line": {"color": color, "width": 1},
                         "opacity": 0.8,
                         "hovertemplate": f"{text(name)}, seed {text(run['seed'])}: %{{y:.4g}} at %{{x:,}}<extra></extra>",
-                        "meta": {"optimizer": name, "x": xs},
+                        "meta": {"group": name, "x": xs},
                     }
                 )
     return (

@@ -11,8 +11,8 @@ const controls = document.getElementById("controls");
 
 function filter() {
   const shown = new Set([...controls.querySelectorAll("[type=checkbox]:checked")].map((box) => box.value));
-  for (const plot of plots) Plotly.restyle(plot, { visible: plot.data.map((trace) => shown.has(trace.meta.optimizer)) });
-  for (const element of document.querySelectorAll("[data-optimizer]")) element.hidden = !shown.has(element.dataset.optimizer);
+  for (const plot of plots) Plotly.restyle(plot, { visible: plot.data.map((trace) => shown.has(trace.meta.group)) });
+  for (const element of document.querySelectorAll("[data-group]")) element.hidden = !shown.has(element.dataset.group);
 }
 
 function axis(name) {
