@@ -16,57 +16,69 @@ from muonlab.studies.statistics import holm
 def answers(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One answer per pair: the verdict as a headline in plain words, what it amounts to, and what to do next."""
     stuck = not_learned(summary)
-    result = []
     verdicts = summary.get("verdicts", ())
     corrected = holm([p if math.isfinite(p := series.number(v.get("p_value"))) else 1.0 for v in verdicts])
+    result = []
     for verdict, adjusted in zip(verdicts, corrected):
-        candidate, reference, word = verdict["candidate"], verdict["reference"], verdict.get("verdict")
-        mean = series.number(verdict.get("mean"))
-        low, high = (series.number(bound) for bound in verdict.get("interval") or (None, None))
-        if word in ("better", "worse"):
-            headline = f"{candidate} is {word} than {reference} here."
-        elif word == "not distinguishable":
-            headline = f"{candidate} and {reference} cannot be told apart here."
-        else:
-            headline = f"No verdict on {candidate} against {reference}."
-        facts = []
-        both = [name for name in (candidate, reference) if name in stuck]
+        pair = (verdict["candidate"], verdict["reference"])
+        found = answer(verdict, holm=adjusted if len(corrected) > 1 else None)
+        both = [name for name in pair if name in stuck]
         if both:
-            facts.append(f"{' and '.join(both)} did not get below the unigram entropy: counting words does as well.")
-        if math.isfinite(mean):
-            facts.append(
-                f"Mean difference {style.signed(mean)} nats per token: perplexity is {math.exp(mean):.3f} times {reference}’s."
+            found["facts"].insert(
+                0, f"{' and '.join(both)} did not get below the unigram entropy: counting words does as well."
             )
-        if math.isfinite(low) and math.isfinite(high):
-            facts.append(
-                f"{verdict['confidence']:.0%} interval {style.signed(low)} to {style.signed(high)} from {_seeds(verdict)}."
-            )
-        effect = series.number(verdict.get("detectable_effect"))
-        if math.isfinite(effect):
-            facts.append(f"A true difference of {style.loss(effect)} would have been found in 8 of 10 such studies.")
-        facts += _to_target(summary, candidate, reference)
-        result.append(
-            {
-                "word": word or "no verdict",
-                "color": style.VERDICT_COLORS.get(word or "", style.MUTED),
-                "headline": headline,
-                "facts": facts,
-                "next": _next(verdict),
-                "p_value": series.number(verdict.get("p_value")),
-                "holm": adjusted if len(corrected) > 1 else None,
-                "sentence": verdict.get("sentence"),
-                "candidate": candidate,
-            }
-        )
+        found["facts"] += _to_target(summary, *pair)
+        result.append(found)
     if not result:
         text = (
             f"{', '.join(stuck)} did not get below the unigram entropy."
             if stuck
             else "No pair of optimizers was judged."
         )
-        result.append({"word": "no verdict", "color": style.MUTED, "headline": "No verdict.", "facts": [text], "next": "", "holm": None,
-                       "p_value": math.nan, "sentence": None, "candidate": None})  # fmt: skip
+        result.append(no_answer(text))
     return result
+
+
+def answer(verdict: Mapping[str, Any], *, holm: float | None) -> dict[str, Any]:
+    """One paired verdict in plain words; `holm` is its p-value corrected for the family, None where there is none."""
+    candidate, reference, word = verdict["candidate"], verdict["reference"], verdict.get("verdict")
+    mean = series.number(verdict.get("mean"))
+    low, high = (series.number(bound) for bound in verdict.get("interval") or (None, None))
+    if word in ("better", "worse"):
+        headline = f"{candidate} is {word} than {reference} here."
+    elif word == "not distinguishable":
+        headline = f"{candidate} and {reference} cannot be told apart here."
+    else:
+        headline = f"No verdict on {candidate} against {reference}."
+    facts = []
+    if math.isfinite(mean):
+        facts.append(
+            f"Mean difference {style.signed(mean)} nats per token: perplexity is {style.short(math.exp(mean))} times {reference}’s."
+        )
+    if math.isfinite(low) and math.isfinite(high):
+        facts.append(
+            f"{verdict['confidence']:.0%} interval {style.signed(low)} to {style.signed(high)} from {_seeds(verdict)}."
+        )
+    effect = series.number(verdict.get("detectable_effect"))
+    if math.isfinite(effect):
+        facts.append(f"A true difference of {style.loss(effect)} would have been found in 8 of 10 such studies.")
+    return {
+        "word": word or "no verdict",
+        "color": style.VERDICT_COLORS.get(word or "", style.MUTED),
+        "headline": headline,
+        "facts": facts,
+        "next": _next(verdict),
+        "p_value": series.number(verdict.get("p_value")),
+        "holm": holm,
+        "sentence": verdict.get("sentence"),
+        "group": candidate,
+    }
+
+
+def no_answer(text: str) -> dict[str, Any]:
+    """The answer where nothing was judged, with the reason."""
+    return {"word": "no verdict", "color": style.MUTED, "headline": "No verdict.", "facts": [text], "next": "", "holm": None,
+            "p_value": math.nan, "sentence": None, "group": None}  # fmt: skip
 
 
 def strips(verdicts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | None]:
