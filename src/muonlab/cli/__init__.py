@@ -19,6 +19,7 @@ EPILOG = """examples:
   muonlab compare muon adamw --quick             the main question, on this machine, in minutes
   muonlab train --model micro --optimizer muon --lr 0.02 --updates 300
   muonlab train my-run.toml --optimizer.weight-decay 0.05
+  muonlab study exp9 --scale micro               a published experiment again, small, with error bars
   muonlab list                                   optimizers, models, corpora, schedules, losses
   muonlab inspect --model moe-79m                parameters, FLOPs, routing, memory
   muonlab runs list                              what lies under ./runs
@@ -136,6 +137,39 @@ def parser() -> argparse.ArgumentParser:
         "--fresh", action="store_true", help="delete what an earlier call of this comparison left and begin anew"
     )
     add_run_flags(compare)
+
+    study = add(
+        "study",
+        running.cmd_study,
+        "run an experiment of the library, or one of a file: every cell with every seed",
+        "muonlab study exp9 --scale micro",
+        True,
+        "NAME|FILE.toml ",
+        1,
+    )
+    study.add_argument("--list", "-l", action="store_true", dest="listing", help="studies, or the cells of this one")
+    study.add_argument("--dry-run", action="store_true", help="the runs that would be made, and what they cost")
+    study.add_argument("--version", metavar="NAME", help="a reading of the source: as-published, corrected, ...")
+    study.add_argument(
+        "--scale", metavar="NAME", default="full", help="another size of it: micro is minutes on two cores"
+    )
+    study.add_argument(
+        "--only",
+        "-e",
+        "--experiments",
+        nargs="+",
+        default=[],
+        metavar="CELL",
+        help="names or patterns of cells or cases",
+    )
+    study.add_argument("--quick", action="store_true", help="only the cells that the study calls its quick comparison")
+    study.add_argument("--all", action="store_true", help="every cell, as without it")
+    study.add_argument("--seeds", type=int, metavar="N", help="so many seeds in place of the study's own")
+    study.add_argument("-o", "--output", "--output-dir", metavar="DIR", help="its folder (default: one under ./runs)")
+    study.add_argument("--workers", type=int, help="processes that run at a time (default: one per core, one on a GPU)")
+    study.add_argument("--quiet", action="store_true", help="print the result alone")
+    study.add_argument("--fields", action="store_true", help="list every field of the configuration with its flag")
+    study.add_argument("--schema", action="store_true", help="print the JSON schema of study files, for editors")
 
     listing = add("list", looking.cmd_list, "optimizers, models, corpora, schedules, losses", "muonlab list optimizers")
     listing.add_argument("what", nargs="?", help="only this kind")

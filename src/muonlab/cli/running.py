@@ -1,8 +1,8 @@
-"""Commands that train: one run, a comparison."""
+"""Commands that train: one run, a comparison, a study."""
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,103 @@ def cmd_compare(options: Any) -> int:
     for path in written:
         print(path)
     return 0 if all(final["status"] == "finished" for final in summary["finals"]) else 1
+
+
+def cmd_study(options: Any) -> int:
+    from muonlab.studies.format import json_schema, library
+    from muonlab.studies.study import read_study
+
+    if options.schema:
+        print(json_schema(), end="")
+        return 0
+    if not options.names:
+        if not options.listing:
+            raise InputError("name a study, as in muonlab study exp9; --list shows all")
+        print_library(library())
+        return 0
+    if options.all and (options.quick or options.only):
+        raise InputError("--all runs every cell; leave out --quick and --only")
+    chosen = {
+        "version": options.version,
+        "scale": options.scale,
+        "seeds": options.seeds,
+        "only": options.only,
+        "quick": options.quick,
+    }
+    study = read_study(options.names[0], **chosen)
+    if options.rest:
+        from muonlab.flags import read_overrides
+
+        study = read_study(options.names[0], **chosen, overrides=read_overrides(study.base, options.rest))
+    if options.listing or options.dry_run:
+        print_study_plan(study, options.dry_run)
+        return 0
+    return _run_study(study, options)
+
+
+def _run_study(study: Any, options: Any) -> int:
+    from rich.console import Console
+
+    from muonlab.report import print_study, write_study
+    from muonlab.report.live import StudyProgress
+    from muonlab.studies.run import changes, plan_study, run_study
+    from muonlab.training.loop import interruptible
+
+    on_gpu = uses_gpu(study.base.to_dict())
+    workers = options.workers if options.workers is not None else (0 if on_gpu else min(cores(), study.runs))
+    if workers < 0:
+        raise InputError(f"--workers is {workers}; it must be 0 (this process) or more")
+    if not on_gpu and workers > 0 and study.base.training.threads == 0:
+        study = study.with_threads(max(1, cores() // workers))
+    directory = Path(options.output) if options.output else Path("runs") / study.folder
+    planned = plan_study(study, directory, progress=not options.quiet)
+    for notice in (*planned.notices, changes(planned, directory)):
+        if notice:
+            print(notice)
+    console = Console()
+    updates = max(cell.config.training.updates for cell in study.cells)
+    with interruptible() as stop, StudyProgress(study.runs, updates, workers, console, options.quiet) as show:
+        summary = run_study(
+            planned,
+            directory,
+            workers=workers,
+            command=shlex.join(["muonlab", *options.arguments]),
+            on_progress=show,
+            should_stop=stop.is_set,
+        )
+    written = write_study(directory)
+    print_study(directory, console)
+    for path in written:
+        print(path)
+    return 0 if all(run["status"] == "finished" for cell in summary["cells"] for run in cell["runs"]) else 1
+
+
+def print_library(studies: Mapping[str, Path]) -> None:
+    """Every packaged study in a line: what it costs, what it asks."""
+    from muonlab.studies.format import read_file
+    from muonlab.studies.study import read_study
+
+    for name in studies:
+        study = read_study(name)
+        print(f"{name:20s} {len(study.cells):3d} cells  {cost(study)}  {study.title}")
+        file = read_file(name)[1]
+        readings = f"versions: {', '.join(file.versions)}; " if file.versions else ""
+        print(f"{'':20s} {readings}scales: {', '.join(['full', *file.scales])}")
+
+
+def print_study_plan(study: Any, runs: bool) -> None:
+    """The cells of a study, or each run that it would make, and what it costs."""
+    for cell in study.cells:
+        published = "".join(f"  published {key} {value:g}" for key, value in (cell.published or {}).items())
+        seeds = f"  seeds {', '.join(map(str, study.seeds))}" if runs else ""
+        print(f"{cell.name:40s} {cell.group:12s} {cell.config.training.updates} updates{seeds}{published}")
+    print(f"{study.title}: {study.runs} runs, {cost(study)}")
+
+
+def cost(study: Any) -> str:
+    from muonlab.studies.study import flops
+
+    return f"{study.runs:3d} runs  {flops(study):.1e} FLOPs"
 
 
 def names_corpus(words: Sequence[str]) -> bool:

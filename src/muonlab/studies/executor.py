@@ -14,8 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from muonlab.errors import InputError
+from muonlab.studies.leases import Lease
 from muonlab.training.config import RunConfig, from_dict
 from muonlab.training.loop import run
+from muonlab.training.tracking import RunInProgress
+
+ASK_AGAIN = 1.0
+"""Seconds until a run that another process holds is asked for again."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Progress:
 
 
 OnProgress = Callable[[list[Progress]], None]
+Event = Callable[[dict[str, Any]], None]
 
 
 def outline(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +65,8 @@ def failed(directory: Path | str, error: BaseException) -> dict[str, Any]:
 
 class Executor:
     """Takes jobs with `submit`, gives their outcomes in the order they end with `results`: a run's metrics without its
-    history, or status "failed" with a message. A job that dies with its process is tried once more.
+    history, or status "failed" with a message. A job that dies with its process is tried once more; one that another
+    process holds (see `leases`) waits until that process has finished it, or has gone and let its lease expire.
 
     `workers` 0 runs each job in this process when `results` is asked for it; otherwise that many processes run them,
     with as many threads as each job's configuration says. When `should_stop` says so, running jobs stop cleanly after
@@ -76,6 +83,7 @@ class Executor:
         self.states: list[Progress] = []
         self._waiting: dict[Any, Progress] = {}
         self._inline: list[Progress] = []
+        self._held: list[tuple[float, Progress]] = []  # when to ask again
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
         self._stop: Any = None
         if workers:
@@ -102,6 +110,9 @@ class Executor:
     def submit(self, job: Job) -> None:
         state = Progress(job)
         self.states.append(state)
+        self._queue(state)
+
+    def _queue(self, state: Progress) -> None:
         if self._pool is None:
             self._inline.append(state)
         else:
@@ -118,13 +129,17 @@ class Executor:
 
     def results(self) -> Iterator[tuple[Job, dict[str, Any]]]:
         """Outcomes until no submitted job is left; more may be submitted in between."""
-        while self._inline or self._waiting:
+        while self._inline or self._waiting or self._held:
+            self._ask_again()
             if self._inline:
                 state = self._inline.pop(0)
-                outcome = self._run_here(state)
-                yield self._settle(state, outcome)
+                yield from self._settle(state, self._run_here(state))
                 continue
-            done, _ = concurrent.futures.wait(self._waiting, 0.5, concurrent.futures.FIRST_COMPLETED)
+            if self._waiting:
+                done, _ = concurrent.futures.wait(self._waiting, 0.5, concurrent.futures.FIRST_COMPLETED)
+            else:
+                done = set()
+                time.sleep(ASK_AGAIN / 4)
             self._poll()
             if self.should_stop():
                 raise KeyboardInterrupt
@@ -135,7 +150,7 @@ class Executor:
                     state.retried, state.status = True, "waiting"
                     self._send(state)
                     continue
-                yield self._settle(state, failed(state.job.directory, error) if error else future.result())
+                yield from self._settle(state, failed(state.job.directory, error) if error else future.result())
 
     def _run_here(self, state: Progress) -> dict[str, Any]:
         last = 0.0
@@ -147,22 +162,27 @@ class Executor:
                 last = time.monotonic()
                 self._show()
 
-        try:
-            return outline(
-                run(state.job.config, directory=state.job.directory, on_event=follow, should_stop=self.should_stop)
-            )
-        except Exception as error:  # out of memory, a full disk, a bug in one run: the others go on
-            return failed(state.job.directory, error)
+        return attempt(state.job.config, state.job.directory, self.should_stop, follow)
 
-    def _settle(self, state: Progress, outcome: dict[str, Any]) -> tuple[Job, dict[str, Any]]:
-        state.status, state.message, state.update = outcome["status"], outcome.get("message"), outcome["updates"]
+    def _settle(self, state: Progress, outcome: dict[str, Any]) -> Iterator[tuple[Job, dict[str, Any]]]:
+        state.status = outcome["status"]
+        if state.status == "held":
+            self._held.append((time.monotonic() + ASK_AGAIN, state))
+            return
+        state.message, state.update = outcome.get("message"), outcome["updates"]
         self._show()
         if state.status == "interrupted":
             raise KeyboardInterrupt
-        return state.job, outcome
+        yield state.job, outcome
+
+    def _ask_again(self) -> None:
+        due = [state for when, state in self._held if when <= time.monotonic()]
+        self._held = [(when, state) for when, state in self._held if when > time.monotonic()]
+        for state in due:
+            self._queue(state)
 
     def _poll(self) -> None:
-        for state in self._waiting.values():
+        for state in [*self._waiting.values(), *(state for _, state in self._held)]:
             if (state.job.directory / "metrics.jsonl").exists():
                 for row in _tail(state.job.directory):
                     _advance(state, row)
@@ -171,6 +191,26 @@ class Executor:
     def _show(self) -> None:
         if self.on_progress is not None:
             self.on_progress(self.states)
+
+
+def attempt(
+    config: RunConfig[Any], directory: Path, should_stop: Callable[[], bool], on_event: Event | None = None
+) -> dict[str, Any]:
+    """Make one run under a lease: its metrics without its history, or status "held" or "failed" with a message."""
+    lease = Lease(directory.with_name(f"{directory.name}.lease"))
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        if not lease.acquire():
+            return {"status": "held"}
+        stop: Callable[[], bool] = lambda: should_stop() or lease.lost  # noqa: E731
+        metrics = outline(run(config, directory=directory, on_event=on_event, should_stop=stop))
+        return {"status": "held"} if lease.lost and metrics["status"] == "interrupted" else metrics
+    except RunInProgress:
+        return {"status": "held"}
+    except Exception as error:  # out of memory, a full disk, a bug in one run: the others go on
+        return failed(directory, error)
+    finally:
+        lease.release()
 
 
 def _advance(state: Progress, row: dict[str, Any]) -> None:
@@ -213,6 +253,6 @@ def _die_with_parent(parent: int) -> None:
 
 def _work(config: dict[str, Any], directory: str) -> dict[str, Any]:
     try:
-        return outline(run(from_dict(config), directory=directory, should_stop=_stop_event.is_set))
+        return attempt(from_dict(config), Path(directory), _stop_event.is_set)
     except Exception as error:
         return failed(directory, error)

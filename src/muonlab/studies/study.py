@@ -1,5 +1,6 @@
 """A study: named configurations times seeds, made from a study file for one version and one scale."""
 
+import dataclasses
 import fnmatch
 import hashlib
 import itertools
@@ -72,6 +73,12 @@ class Study:
     def runs(self) -> int:
         return len(self.cells) * len(self.seeds)
 
+    def with_threads(self, threads: int) -> "Study":
+        """The same study with so many CPU threads for each run."""
+        cells = [dataclasses.replace(c, config=replace(c.config, training={"threads": threads})) for c in self.cells]
+        base = replace(self.base, training={"threads": threads})
+        return dataclasses.replace(self, cells=tuple(cells), base=base)
+
     @property
     def folder(self) -> str:
         """Name of the study's folder unless another is given."""
@@ -128,7 +135,8 @@ def read_study(
     cells = _select(cells, patterns, name)
     if not cells:
         raise InputError(f"{name}: the study has no cell to run")
-    seeded = [Cell(c.name, c.group, c.case, c.values, replace(c.config, seed=numbers[0]), c.published) for c in cells]
+    first = {"seed": numbers[0]}
+    seeded = [dataclasses.replace(cell, config=cell.config.model_copy(update=first)) for cell in cells]
     return Study(
         name=name,
         title=file.title,
@@ -223,7 +231,7 @@ def _with_published(cells: list[Cell], file: StudyFile, name: str) -> list[Cell]
     for cell in stated:
         if cell not in names:
             raise InputError(f"{name}: published numbers of an {unknown('cell', cell, names)}")
-    return [Cell(c.name, c.group, c.case, c.values, c.config, stated.get(c.name) or c.published) for c in cells]
+    return [dataclasses.replace(cell, published=stated.get(cell.name) or cell.published) for cell in cells]
 
 
 def _select(cells: list[Cell], patterns: Sequence[str], name: str) -> list[Cell]:

@@ -75,6 +75,10 @@ def versions() -> dict[str, str]:
     }
 
 
+class RunInProgress(InputError):
+    """Another process is working on the run."""
+
+
 class RunDirectory:
     """The files of one run. Opening it takes a lock: a second process on the same run is refused.
 
@@ -94,7 +98,7 @@ class RunDirectory:
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
-            raise InputError(f"another process is working on the run {path}; wait for it or stop it") from None
+            raise RunInProgress(f"another process is working on the run {path}; wait for it or stop it") from None
         except OSError as error:
             raise InputError(f"cannot lock the run directory {path}: {error.strerror}") from None
         found = stored_run_id(path)
