@@ -125,7 +125,10 @@ def parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--quick", action="store_true", help="the profile of make quick: minutes on two cores")
     compare.add_argument("--trials", type=int, help="tuning runs per optimizer")
-    compare.add_argument("--seeds", type=int, help="final runs per optimizer")
+    compare.add_argument("--seeds", type=int, help="final runs per optimizer; more than before extend a comparison")
+    compare.add_argument(
+        "--search", default="staged", metavar="NAME", help="staged, grid, sobol, halton, halving or optuna"
+    )
     compare.add_argument("--updates", type=int, help="updates of every run")
     compare.add_argument(
         "--lr-center", action="append", default=[], metavar="NAME=LR", help="centre of a learning-rate search"
@@ -212,6 +215,16 @@ def parser() -> argparse.ArgumentParser:
         "muonlab report runs/compare-muon-adamw-1a2b3c4d",
     )
     report.add_argument("paths", nargs="+")
+
+    claims = add(
+        "claims",
+        looking.cmd_claims,
+        "what study folders say to every claim of the seeds, as a table and a page",
+        "muonlab claims runs/study-exp9-corrected-micro",
+    )
+    claims.add_argument("paths", nargs="*", metavar="DIR", help="folders of studies, or folders that hold such")
+    claims.add_argument("--ledger", metavar="FILE", default="docs/claims.toml", help="the claims (docs/claims.toml)")
+    claims.add_argument("-o", "--output", metavar="FILE", help="the page (default: beside the ledger, as .md)")
 
     add("doctor", looking.cmd_doctor, "what muonlab finds on this machine", "muonlab doctor")
     return top

@@ -96,6 +96,22 @@ def cmd_report(options: Any) -> None:
             print(file)
 
 
+def cmd_claims(options: Any) -> None:
+    import shlex
+
+    from rich.console import Console
+
+    from muonlab.report.claims import claims_table, write_page
+    from muonlab.studies.claims import judge
+    from muonlab.studies.ledger import read_ledger
+
+    ledger = read_ledger(options.ledger)
+    judged = judge(ledger, options.paths)
+    Console().print(claims_table(judged))
+    output = options.output or ledger.path.with_suffix(".md")
+    print(write_page(ledger, judged, output, shlex.join(["muonlab", *options.arguments])))
+
+
 def cmd_doctor(options: Any) -> None:
     import importlib.util
     import platform
