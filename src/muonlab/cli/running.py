@@ -70,7 +70,7 @@ def cmd_compare(options: Any) -> int:
     from muonlab.report.live import StudyProgress
     from muonlab.report.live import clock as clock_text
     from muonlab.studies.compare import compare, comparison_directory, delete_comparison, resolve_plan
-    from muonlab.studies.plan import base_values, make_budget, make_plan
+    from muonlab.studies.plan import base_values, make_budget, make_plan, notices, tuning_text
     from muonlab.training.config import from_dict, merge
     from muonlab.training.estimate import seconds_per_update
     from muonlab.training.loop import interruptible
@@ -99,17 +99,20 @@ def cmd_compare(options: Any) -> int:
     workers = options.workers if options.workers is not None else (0 if on_gpu else cores())
     if not on_gpu and workers > 0:
         base = merge({"training": {"threads": max(1, cores() // workers)}}, base)
-    plan = make_plan(names, base, profile=profile, budget=numbers, centers=read_centers(options.lr_center))
+    centers = read_centers(options.lr_center)
+    plan = make_plan(names, base, profile=profile, budget=numbers, centers=centers, search=options.search)
     console = Console()
     if not options.quiet:
         b = plan.budget
         console.print(
-            f"{plan.runs} runs of {b.updates} updates x {plan.base.tokens_per_update} tokens: {b.trials} trials and {b.seeds} seeds "
-            f"for each of {', '.join(names)}, {max(1, workers)} at a time",
+            f"{plan.runs} runs, {b.updates} updates x {plan.base.tokens_per_update} tokens at full length: for each of "
+            f"{', '.join(names)} {tuning_text(plan)}, then {b.seeds} seeds; {max(1, workers)} at a time",
             highlight=False,
         )
+        for notice in notices(plan):
+            print(notice)
     if options.dry_run:
-        seconds = seconds_per_update(plan.base) * plan.budget.updates * plan.runs / max(1, workers)
+        seconds = seconds_per_update(plan.base) * plan.updates / max(1, workers)
         print(f"about {clock_text(seconds)} of training, evaluation and data not counted")
         return 0
     plan, dataset = resolve_plan(plan, fallback=not names_corpus(options.rest), progress=not options.quiet)
@@ -134,6 +137,11 @@ def cmd_compare(options: Any) -> int:
     for path in find_runs(directory):
         write_run(path)
     print_comparison(directory, console)
+    for name, spent in summary["budget"]["spent"].items():
+        used = (
+            f"{spent['trials']} trials, {spent['updates']} updates, {clock_text(spent['training_seconds'])} of training"
+        )
+        print(f"tuning of {name}: {used}")
     for path in written:
         print(path)
     return 0 if all(final["status"] == "finished" for final in summary["finals"]) else 1

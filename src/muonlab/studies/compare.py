@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +17,8 @@ from muonlab.data import Dataset
 from muonlab.errors import InputError
 from muonlab.studies.executor import Executor, Job, OnProgress
 from muonlab.studies.plan import Plan, labels
-from muonlab.studies.search import Point, Search
+from muonlab.studies.search import Search
+from muonlab.studies.space import Point
 from muonlab.studies.summary import final_loss, summarize, trial_entry
 from muonlab.training.loop import resolve
 from muonlab.training.tracking import write_json
@@ -48,65 +50,95 @@ def compare(
     """Run a comparison and return its summary, also written to `comparison_summary.json` in `directory`.
 
     Runs lie in `directory/runs`; what is finished there is not run again, so that a stopped comparison goes on where it
-    was. `workers` processes run at a time (0: this one), each with the threads that the base says. When `should_stop`
-    says so, running jobs stop cleanly and KeyboardInterrupt is raised. Plan and dataset come from `resolve_plan`, which is
-    called here when there is no dataset. Raises InputError when a run could not be carried out (a full disk, say), which
-    is not the optimizer's doing: the same call goes on where it was.
+    was, and one with more trials or seeds than before extends the old one: with more trials the choice is made again, and
+    what was chosen is judged. Fewer than a verdict was made of are refused with an InputError. `workers` processes run at a
+    time (0: this one), each with the threads that the base says. When `should_stop` says so, running jobs stop cleanly and
+    KeyboardInterrupt is raised. Plan and dataset come from `resolve_plan`, which is called here when there is no dataset.
+    Raises InputError when a run could not be carried out (a full disk, say), which is not the optimizer's doing: the same
+    call goes on where it was.
     """
     if dataset is None:
         plan, dataset = resolve_plan(plan, progress=False)
     directory = comparison_directory(plan) if directory is None else Path(directory)
     with claimed(directory, plan):
-        return _compare(plan, directory, dataset, Executor(workers, on_progress, should_stop), command)
+        started, earlier = time.perf_counter(), _summary_in(directory)
+        with Executor(workers, on_progress, should_stop) as executor:
+            summary = carry_out(plan, directory, dataset, executor)
+        made = {"command": command, "workers": workers, "wall_seconds": time.perf_counter() - started}
+        summary = _after(earlier, {**summary, **made})
+        write_json(directory / SUMMARY, summary)
+    return summary
 
 
-def _compare(plan: Plan, directory: Path, dataset: Dataset, executor: Executor, command: str) -> dict[str, Any]:
-    started = time.perf_counter()
+def carry_out(plan: Plan, directory: Path, dataset: Dataset, executor: Executor) -> dict[str, Any]:
+    """The protocol: tune each optimizer, choose, repeat what was chosen with every seed, judge. Writes no file itself;
+    `executor` takes jobs and gives their outcomes."""
     names = labels(plan.optimizers)
-    trials: list[dict[str, Any]] = []
-    searches = {n: Search(n.split("#")[0], plan.budget.trials, (plan.centers or {}).get(n)) for n in names}
+    searches = {name: plan.new_search(name) for name in names}
+    trials = _tune(plan, directory, searches, executor)
+    spent = {name: Counter(point.updates or plan.budget.updates for point in searches[name].losses) for name in names}
+    planned = Counter({rung.updates: rung.trials for rung in plan.rungs})
+    if any(counted != planned for counted in spent.values()):
+        raise RuntimeError(f"unequal tuning budgets: {spent}, planned {planned}")
     failures: list[str] = []
-    with executor:
-        points: dict[tuple[str, Path], tuple[int, Point]] = {}
+    for name in names:
+        for seed in plan.seeds(name):
+            executor.submit(_job(plan, directory, name, searches[name].best, seed, "report", f"seed {seed}"))
+    outcomes: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in names}
+    for job, outcome in executor.results():
+        outcomes[job.group][job.config.seed] = outcome
+        if outcome["status"] == "failed":
+            failures.append(f"{job.group} {job.label}: {outcome['message']}")
+    _refuse(failures)
+    return summarize(plan, directory, dataset, searches, trials, outcomes)
 
-        def submit(label: str) -> None:
-            for point in searches[label].ask():
-                index = len(points)
-                job = _job(plan, directory, label, point, plan.tuning_seed, "tune", f"{point.stage}: lr {point.lr:.2g}")
-                points[label, job.directory] = (index, point)
-                executor.submit(job)
 
-        for label in names:
-            submit(label)
-        for job, outcome in executor.results():
-            _, point = points[job.group, job.directory]
-            if outcome["status"] == "failed":
-                failures.append(f"{job.group} {job.label}: {outcome['message']}")
-                continue
-            loss = final_loss(outcome, "tune")
-            searches[job.group].tell(point, loss)
-            trials.append(trial_entry(directory, job, point, outcome, loss))
-            submit(job.group)
-        _refuse(failures)
-        for label in names:
-            best = searches[label].best
-            for seed in plan.seeds(label):
-                executor.submit(_job(plan, directory, label, best, seed, "report", f"seed {seed}"))
-        outcomes: dict[str, dict[int, dict[str, Any]]] = {label: {} for label in names}
-        for job, outcome in executor.results():
-            outcomes[job.group][job.config.seed] = outcome
-            if outcome["status"] == "failed":
-                failures.append(f"{job.group} {job.label}: {outcome['message']}")
-        _refuse(failures)
-    order = {path: index for (_, path), (index, _) in points.items()}
-    trials.sort(key=lambda trial: order[directory / trial["directory"]])
-    summary = summarize(plan, directory, dataset, searches, trials, outcomes)
-    made = {"command": command, "workers": executor.workers, "wall_seconds": time.perf_counter() - started}
-    if (directory / SUMMARY).exists():  # nothing was run again: keep who made it, and how long that took
-        before = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
-        made = {key: before.get(key, value) for key, value in made.items()}
-    write_json(directory / SUMMARY, {**summary, **made})
-    return {**summary, **made}
+def _tune(
+    plan: Plan, directory: Path, searches: dict[str, Search], executor: Executor
+) -> dict[str, list[dict[str, Any]]]:
+    """Spend every search's budget; each optimizer's trials as entries of the summary, in the order asked."""
+    points: dict[tuple[str, Path], Point] = {}
+    entries: dict[tuple[str, Point], dict[str, Any]] = {}
+    failures: list[str] = []
+
+    def submit(name: str) -> None:
+        for point in searches[name].ask():
+            job = _job(plan, directory, name, point, plan.tuning_seed, "tune", f"{point.stage}: lr {point.lr:.2g}")
+            points[name, job.directory] = point
+            executor.submit(job)
+
+    for name in searches:
+        submit(name)
+    for job, outcome in executor.results():
+        if outcome["status"] == "failed":
+            failures.append(f"{job.group} {job.label}: {outcome['message']}")
+            continue
+        point, loss = points[job.group, job.directory], final_loss(outcome, "tune")
+        searches[job.group].tell(point, loss)
+        entries[job.group, point] = trial_entry(directory, job, point, outcome, loss)
+        submit(job.group)
+    _refuse(failures)
+    return {name: [entries[name, point] for point in search.asked] for name, search in searches.items()}
+
+
+def _after(earlier: dict[str, Any] | None, summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary with the looks that were had at this comparison: a verdict that was extended because it was not liked is
+    no longer one in twenty."""
+    looks = list(earlier.get("looks", ())) if earlier else []
+    budget = {key: summary["budget"][key] for key in ("trials", "seeds")}
+    if earlier and looks and {key: looks[-1][key] for key in budget} == budget:  # nothing new: keep who made it
+        made: dict[str, Any] = {key: earlier[key] for key in ("command", "workers", "wall_seconds") if key in earlier}
+    else:
+        made = {"wall_seconds": summary["wall_seconds"] + ((earlier or {}).get("wall_seconds") or 0.0)}
+        looks.append({**budget, "verdicts": {v["candidate"]: v["verdict"] for v in summary["verdicts"]}})
+    flags = list(summary["flags"])
+    if len(looks) > 1:
+        steps = " -> ".join(f"{look['trials']} trials and {look['seeds']} seeds" for look in looks)
+        flags.append(
+            f"extended after a verdict was seen ({steps}): {len(looks)} looks, the last of them taken, call equal "
+            f"optimizers different up to {len(looks)} times as often as one"
+        )
+    return {**summary, **made, "looks": looks, "flags": flags}
 
 
 def _refuse(failures: list[str]) -> None:
@@ -128,15 +160,36 @@ def claimed(directory: Path, plan: Plan) -> Iterator[None]:
                 raise InputError(
                     f"{directory} holds another comparison ({found}, this is {plan.identity}); choose another --output"
                 )
-            if found is None:
-                values = {"identity": plan.identity, "optimizers": plan.optimizers, "budget": asdict(plan.budget)}
-                base = {"base": plan.base.to_dict(), "centers": dict(plan.centers or {})}
-                write_json(directory / "plan.json", {**values, **base})
+            _refuse_less(directory, plan)
+            values = {"identity": plan.identity, "optimizers": plan.optimizers, "budget": asdict(plan.budget)}
+            base = {"base": plan.base.to_dict(), "centers": dict(plan.centers or {}), "search": plan.search}
+            write_json(directory / "plan.json", {**values, **base})
             yield
     except filelock.Timeout:
         raise InputError(f"another process is working on the comparison {directory}; wait for it or stop it") from None
     except OSError as error:
         raise InputError(f"cannot make the folder {directory}: {error.strerror}") from None
+
+
+def _refuse_less(directory: Path, plan: Plan) -> None:
+    """InputError for fewer trials or seeds than a verdict was made of: evidence that was seen is not dropped."""
+    seen = (_summary_in(directory) or {}).get("budget", {})
+    for key in ("trials", "seeds"):
+        before, now = seen.get(key, 0), getattr(plan.budget, key)
+        if now < before:
+            raise InputError(
+                f"{directory} was judged with {before} {key}; a comparison can be extended, not cut: "
+                f"give --{key} {before} or more, or --fresh to begin anew"
+            )
+
+
+def _summary_in(directory: Path) -> dict[str, Any] | None:
+    """The summary of an earlier call, None where there is none that can be read."""
+    try:
+        summary: dict[str, Any] = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return summary if isinstance(summary, dict) and summary.get("kind") == "comparison" else None
 
 
 def _identity_in(directory: Path) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -40,6 +40,14 @@ class PairedComparison:
     """Smallest true difference that this many seeds find with 80 % power at the spread they showed."""
     seeds_needed: float
     """Seeds that would find a true difference as large as the mean seen here with 80 % power (infinite for none)."""
+    holm: float | None = None
+    """p-value corrected for all comparisons of its family; None outside of one, or without a p-value."""
+
+    @property
+    def lost_to_family(self) -> bool:
+        """Whether it is not distinguishable for the number of comparisons alone."""
+        outside = self.interval[1] < -self.minimum_effect or self.interval[0] > self.minimum_effect
+        return self.verdict == "not distinguishable" and outside and (self.holm or 0.0) > 1 - self.confidence
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form of a verdict in comparison_summary.json: infinities become null."""
@@ -56,6 +64,7 @@ class PairedComparison:
             "verdict": self.verdict,
             "detectable_effect": _finite(self.detectable_effect),
             "seeds_needed": _finite(self.seeds_needed),
+            "holm": self.holm,
         }
 
     def sentence(self, candidate: str, reference: str, unit: str = "nats/token") -> str:
@@ -74,7 +83,9 @@ class PairedComparison:
         text = f"{start}: {self.mean:+.4f} {unit} ({self.confidence:.0%} {name} {low:+.4f} to {high:+.4f}, {n} paired seeds)"
         if unpaired:
             text += f"; {'; '.join(unpaired)}"
-        if self.verdict == "not distinguishable":
+        if self.lost_to_family:
+            text += f"; the interval alone would decide, the p-value corrected for all comparisons is {self.holm:.3f}"
+        elif self.verdict == "not distinguishable":
             text += f"; these seeds would have found a difference of {self.detectable_effect:.4f} in 8 of 10 studies"
             if math.isfinite(self.seeds_needed):
                 text += f", and a true difference as large as this one needs about {self.seeds_needed:.0f} seeds"
@@ -136,6 +147,24 @@ def compare_paired(
         detectable_effect=detectable_effect(spread, n, confidence=confidence) if n > 1 else math.inf,
         seeds_needed=seeds_needed(mean, spread, confidence=confidence) if n > 1 else math.inf,
     )
+
+
+def compare_family(
+    candidates: Mapping[str, Mapping[int, float | None]], reference: Mapping[int, float | None], **options: Any
+) -> dict[str, PairedComparison]:
+    """Every candidate against one reference as one family (arguments as `compare_paired`).
+
+    "better" and "worse" must hold after Holm's correction too, so that equal optimizers, however many, give a wrong verdict
+    in 1 − confidence of all families. Intervals are those of the single comparisons. A verdict that failed runs alone
+    decide has no p-value and is no member of the family.
+    """
+    results = {name: compare_paired(losses, reference, **options) for name, losses in candidates.items()}
+    tested = {name: result.p_value for name, result in results.items() if not math.isnan(result.p_value)}
+    for name, adjusted in zip(tested, holm(list(tested.values())), strict=True):
+        result = results[name]
+        kept = adjusted <= 1 - result.confidence or len(tested) == 1  # the interval alone decides on a single one
+        results[name] = replace(result, holm=adjusted, verdict=result.verdict if kept else "not distinguishable")
+    return results
 
 
 def t_interval(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> tuple[float, float]:

@@ -10,17 +10,11 @@ from muonlab.data import Dataset
 from muonlab.errors import InputError
 from muonlab.studies.curves import median_to_target, to_target
 from muonlab.studies.executor import Job
-from muonlab.studies.plan import Plan
-from muonlab.studies.search import Point, Search
-from muonlab.studies.statistics import compare_paired
+from muonlab.studies.plan import Plan, optimizer_of
+from muonlab.studies.search import Search
+from muonlab.studies.space import KNOBS, Point
+from muonlab.studies.statistics import compare_family
 from muonlab.training.tracking import read_run, versions
-
-KNOBS = {
-    "lr": "learning rate of hidden matrices",
-    "auxiliary": "learning rate of embeddings and head",
-    "weight_decay": "weight decay",
-    "momentum": "momentum (Adam: beta 1)",
-}
 
 
 def final_loss(outcome: Mapping[str, Any], split: str) -> float:
@@ -30,15 +24,12 @@ def final_loss(outcome: Mapping[str, Any], split: str) -> float:
     return float(outcome["final"][split]["cross_entropy"])
 
 
-def _values(point: Point) -> dict[str, float]:
-    return {key: value for key, value in asdict(point).items() if key != "stage" and value is not None}
-
-
 def trial_entry(directory: Path, job: Job, point: Point, outcome: dict[str, Any], loss: float) -> dict[str, Any]:
     return {
         "optimizer": job.group,
         "stage": point.stage,
-        "values": _values(point),
+        "values": point.values,
+        "updates": job.config.training.updates,
         "status": outcome["status"],
         "message": outcome.get("message"),
         "tune_cross_entropy": loss,
@@ -52,17 +43,19 @@ def summarize(
     directory: Path,
     dataset: Dataset,
     searches: dict[str, Search],
-    trials: list[dict[str, Any]],
+    trials: dict[str, list[dict[str, Any]]],
     outcomes: dict[str, dict[int, dict[str, Any]]],
 ) -> dict[str, Any]:
+    """The summary's plain values. `trials` holds each optimizer's entries in the order asked; those that a search stopped
+    early are listed apart from those of full length, because only losses at one length may stand in one list."""
     names, data = list(searches), dataset.describe()
     reference = names[-1]
-    counters = dict.fromkeys(names, 0)
-    for trial in trials:
-        trial["index"] = counters[trial["optimizer"]]
-        counters[trial["optimizer"]] += 1
-    if set(counters.values()) != {plan.budget.trials}:
-        raise RuntimeError(f"unequal tuning budgets: {counters}")
+    full: list[dict[str, Any]] = []
+    stopped: list[dict[str, Any]] = []
+    for name in names:
+        mine = [entry for entry in trials[name] if entry["updates"] == plan.budget.updates]
+        full += [{**entry, "index": index} for index, entry in enumerate(mine)]
+        stopped += [entry for entry in trials[name] if entry["updates"] < plan.budget.updates]
     finals = []
     for label in names:
         for seed, outcome in outcomes[label].items():
@@ -85,7 +78,7 @@ def summarize(
     entropy = dataset.report.unigram_entropy  # no unigram model of this split does better
     learned = {n: statistics.fmean(losses[n]) < entropy for n in names}
     flags = [
-        f"{n}: the best {KNOBS[knob]} lies at the edge of the range tried; a wider search may find a better one"
+        f"{n}: the best {KNOBS[knob].text} lies at the edge of the range tried; a wider search may find a better one"
         for n in names
         for knob in searches[n].edges
     ]
@@ -96,8 +89,14 @@ def summarize(
         if searches[n].diverged
     ]
     flags += [
+        f"{n}: has no {KNOBS[knob].text}: its search had a knob fewer than the others'"
+        for n in names
+        for knob in KNOBS
+        if knob not in searches[n].knobs
+    ]
+    flags += [
         f"{t['optimizer']}: trial {t['index']} {t['status']} ({t['message']})"
-        for t in trials
+        for t in full
         if t["status"] != "finished"
     ]
     flags += [
@@ -116,13 +115,15 @@ def summarize(
         "profile": plan.profile,
         "budget": {
             **asdict(plan.budget),
+            "search": plan.search,
+            "rungs": [asdict(rung) for rung in plan.rungs],
             "tokens_per_update": plan.base.tokens_per_update,
-            "knobs": {n: [KNOBS[knob] for knob in searches[n].varied] for n in names},
+            "knobs": {n: [KNOBS[knob].text for knob in searches[n].varied] for n in names},
             "spent": {
                 n: {
-                    "trials": counters[n],
-                    "updates": counters[n] * plan.budget.updates,
-                    "training_seconds": sum(t["seconds"] or 0.0 for t in trials if t["optimizer"] == n),
+                    "trials": len(trials[n]),
+                    "updates": sum(entry["updates"] for entry in trials[n]),
+                    "training_seconds": sum(entry["seconds"] or 0.0 for entry in trials[n]),
                 }
                 for n in names
             },
@@ -135,39 +136,43 @@ def summarize(
             "threads": plan.base.training.threads,
             "versions": versions(),
         },
-        "trials": trials,
+        "trials": full,
+        "stopped_early": stopped,
         "chosen": {
             n: {
-                "values": _values(searches[n].best),
-                "options": searches[n].best.options(n.split("#")[0]),
-                "trial": next(
-                    t["index"] for t in trials if t["optimizer"] == n and t["values"] == _values(searches[n].best)
-                ),
+                "values": searches[n].best.values,
+                "options": searches[n].best.options(optimizer_of(n)),
+                "trial": [point for point in searches[n].asked if point.updates is None].index(searches[n].best),
                 "edge": searches[n].at_edge,
             }
             for n in names
         },
         "finals": finals,
         "gate": {"unigram_entropy": entropy, "passed": learned},
-        "verdicts": [_verdict(n, reference, losses, learned, entropy) for n in names[:-1]],
+        "verdicts": _verdicts(reference, losses, learned, entropy),
         "to_target": _to_target(directory, names, finals),
         "flags": flags,
     }
 
 
-def _verdict(
-    candidate: str, reference: str, losses: dict[str, list[float]], learned: dict[str, bool], entropy: float
-) -> dict[str, Any]:
-    head = {"candidate": candidate, "reference": reference, "metric": "report cross-entropy (nats/token)"}
-    pairs = compare_paired(dict(enumerate(losses[candidate], 1)), dict(enumerate(losses[reference], 1)))
-    stuck = [name for name in (candidate, reference) if not learned[name]]
-    if len(stuck) == 2:
-        sentence = (
-            f"no verdict: neither {candidate} nor {reference} got below the unigram entropy of {entropy:.3f} nats; "
-            "train for more updates"
-        )
-        return {**head, **pairs.to_dict(), "verdict": "no verdict", "sentence": sentence}
-    return {**head, **pairs.to_dict(), "sentence": pairs.sentence(candidate, reference)}
+def _verdicts(
+    reference: str, losses: dict[str, list[float]], learned: dict[str, bool], entropy: float
+) -> list[dict[str, Any]]:
+    """Every candidate against the reference, pairs in the order of the seeds, as one family of tests."""
+    pairs = {name: dict(enumerate(values, 1)) for name, values in losses.items()}
+    candidates = {name: values for name, values in pairs.items() if name != reference}
+    table = []
+    for name, result in compare_family(candidates, pairs[reference]).items():
+        entry = {"candidate": name, "reference": reference, "metric": "report cross-entropy (nats/token)"}
+        entry |= {**result.to_dict(), "sentence": result.sentence(name, reference)}
+        if not learned[name] and not learned[reference]:
+            entry["verdict"] = "no verdict"
+            entry["sentence"] = (
+                f"no verdict: neither {name} nor {reference} got below the unigram entropy of {entropy:.3f} nats; "
+                "train for more updates"
+            )
+        table.append(entry)
+    return table
 
 
 def _to_target(directory: Path, names: Sequence[str], finals: list[dict[str, Any]]) -> list[dict[str, Any]]:
