@@ -1,6 +1,6 @@
-"""Run directories and a comparison summary in the documented format, drawn from a closed-form loss curve.
+"""Run directories, a comparison and studies in the documented format, drawn from a closed-form loss curve.
 
-`python fake_runs.py DIRECTORY` writes one to look at.
+`python fake_runs.py DIRECTORY` writes a comparison to look at, `python fake_runs.py DIRECTORY grid` a study.
 """
 
 import json
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from muonlab.studies import statistics
+from muonlab.studies.judge import judge
 
 BEST = {"muon": 0.02, "adamw": 0.003, "lion": 0.0005, "sgd": 0.3}
 OFFSET = {"muon": 0.0, "adamw": 0.09, "lion": 0.13, "sgd": 0.9}
@@ -22,12 +23,12 @@ def final_loss(optimizer, lr):
 
 
 def fake_run(directory, optimizer="muon", *, lr=0.02, seed=1, updates=100, status="finished", name=None, points=None,
-             config=None, notices=(), code="abc123", epochs=0.4, message=None):  # fmt: skip
+             config=None, notices=(), code="abc123", epochs=0.4, message=None, extra=0.0, pace=0.11, memory=412_000_000):  # fmt: skip
     """Write config.toml, metrics.jsonl and metrics.json of one run and return the metrics."""
     directory.mkdir(parents=True, exist_ok=True)
     chance = random.Random(f"{seed}")  # shared by the optimizers, as hard and easy seeds are
     shift = chance.gauss(0, 0.02) + random.Random(f"{optimizer}{seed}{lr}").gauss(0, 0.004)
-    floor = final_loss(optimizer, lr) + shift
+    floor = final_loss(optimizer, lr) + extra + shift
     diverged_at = updates // 3 if status == "diverged" else updates + 1
 
     def curve(update):
@@ -42,7 +43,7 @@ def fake_run(directory, optimizer="muon", *, lr=0.02, seed=1, updates=100, statu
     for update in range(updates + 1):
         if update > diverged_at:
             break
-        clock = {"update": update, "tokens": 2048 * update, "seconds": 0.11 * update}
+        clock = {"update": update, "tokens": 2048 * update, "seconds": pace * update}
         value = curve(update) if update < diverged_at else None
         if update:
             schedule = min(1, update / 5) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * update / updates)))
@@ -88,7 +89,7 @@ def fake_run(directory, optimizer="muon", *, lr=0.02, seed=1, updates=100, statu
         "data": {"corpus": "enwik8", "checksum": "1f" * 8, "vocab_size": 2048, "unigram_entropy": 6.31, "tokens": {"train": 500_000, "tune": 20_000, "report": 60_000}, "bytes_per_token": {"train": 2.71, "tune": 2.70, "report": 2.72}, "epochs": epochs, "notices": list(notices)},
         "program": "eager", "device": "cpu", "threads": 1, "parameters": {"total": 1_050_000, "hidden": 786_432, "embedding": 262_144, "vector": 1_152},
         "history": {"train": train, "eval": evals}, "updates": train[-1]["update"], "tokens": 2048 * train[-1]["update"],
-        "seconds": {"training": 11.0, "evaluation": 2.0, "other": 0.1, "wall": 13.1}, "updates_per_second": 9.1, "tokens_per_second": 18_600.0, "peak_memory_bytes": 412_000_000,
+        "seconds": {"training": pace * train[-1]["update"], "evaluation": 2.0, "other": 0.1, "wall": 2.1 + pace * updates}, "updates_per_second": 1 / pace, "tokens_per_second": 18_600.0, "peak_memory_bytes": memory,
         "final": final, "best": {"update": updates, "cross_entropy": final["tune"]["cross_entropy"]}, "updates_to_best": updates,
     }  # fmt: skip
     (directory / "metrics.json").write_text(json.dumps(metrics))
@@ -149,5 +150,106 @@ def fake_comparison(root, optimizers=("muon", "adamw"), *, seeds=3, diverged=(),
     return summary
 
 
+def cell(name, group, lr=0.02, values=None, **rest):
+    """One cell of a study: `rest` may hold extra (nats), pace, memory, published, diverged (seeds), case, options."""
+    options = {"optimizer.lr": lr, **rest.pop("options", {})}
+    return {"cell": name, "group": group, "lr": lr, "values": values or {}, "options": options, **rest}
+
+
+def axis(name, field, values, log=False):
+    return {"name": name, "fields": [field], "values": list(values), "log": log}
+
+
+def core_cells():
+    """Muon and AdamW at two settings each, with numbers that the source published."""
+    return [
+        cell("muon_baseline", "muon", 0.02, published={"loss": 3.61, "accuracy": 0.33, "minutes": 1.9}, case="muon_baseline"),
+        cell("muon_low", "muon", 0.005, pace=0.10),
+        cell("adam_baseline", "adamw", 0.003, pace=0.08, published={"loss": 3.70, "accuracy": 0.31}),
+        cell("adam_high", "adamw", 0.012, pace=0.08, diverged=(2,)),
+    ]  # fmt: skip
+
+
+def grid_cells():
+    """The 18 cells of seed 002: learning rate x momentum x Newton-Schulz steps. (cells, axes)"""
+    lrs, momenta, steps = (0.03125, 0.0625, 0.125), (0.875, 0.9375), (4, 8, 16)
+    cells = [
+        cell(
+            f"lr={lr:g} momentum={momentum:g} steps={n}",
+            "muon",
+            lr,
+            {"lr": lr, "momentum": momentum, "steps": n},
+            extra=0.03 * (momentum - 0.875) / 0.0625 + 0.01 * abs(math.log2(n / 8)),
+            pace=0.09 + 0.004 * n,
+            options={"optimizer.momentum": momentum, "optimizer.ns_steps": n},
+        )
+        for n in steps
+        for momentum in momenta
+        for lr in lrs
+    ]
+    return cells, [axis("lr", "optimizer.lr", lrs, True), axis("momentum", "optimizer.momentum", momenta), axis("steps", "optimizer.ns_steps", steps)]  # fmt: skip
+
+
+def suite_cells(n=15):
+    """Long names in one group and a reference of another, as in seed 001's Adam suite."""
+    cells = [
+        cell(f"muon_variant_{i:02d}_with_quite_a_long_name", "muon", 0.02, extra=0.02 * i, options={"schedule.warmup": i / 100})
+        for i in range(1, n)
+    ]  # fmt: skip
+    return [*cells, cell("adam_baseline", "adamw", 0.003)]
+
+
+def block_cells():
+    """Block sizes of seed 004: quality, memory and time along an axis that is no learning rate; one value is a word."""
+    sizes = (192, 256, 512, 1024, "full")
+    cells = [
+        cell(f"muon block_size={size}", "muon", 0.02, {"block_size": size}, extra=0.02 * (5 - i), pace=0.08 + 0.01 * i, memory=400_000_000 + 20_000_000 * i)
+        for i, size in enumerate(sizes)
+    ]  # fmt: skip
+    return [*cells, cell("adamw", "adamw", 0.003)], [axis("block_size", "optimizer.block_size", sizes)]
+
+
+def fake_study(root, cells, axes=(), *, seeds=(1, 2, 3), reference=None, scale="full", version="corrected", targets=(),
+               title="Muon against AdamW", question="Is Muon better than AdamW here?", applies=True, updates=100, points=None,
+               note=None, **run_options):  # fmt: skip
+    """Write study.json, the runs of every cell and seed, and the summary that the studies room makes of them."""
+    planned = []
+    for number, one in enumerate(cells):
+        runs = []
+        for seed in seeds:
+            directory = f"runs/c{number:02d}-s{seed}"
+            status = "diverged" if seed in one.get("diverged", ()) else "finished"
+            config = {"seed": seed, "name": one["cell"], "optimizer": {"name": one["group"], "lr": one["lr"]}, "training": {"updates": updates}}  # fmt: skip
+            for path, value in one["options"].items():
+                table, key = path.split(".")
+                config.setdefault(table, {})[key] = value
+            known = {key: one[key] for key in ("extra", "pace", "memory") if key in one}
+            fake_run(root / directory, one["group"], lr=one["lr"], seed=seed, status=status, updates=updates, points=points, config=config, name=one["cell"], **{**known, **run_options})  # fmt: skip
+            runs.append({"seed": seed, "directory": directory})
+        published = one.get("published")
+        planned.append({"cell": one["cell"], "group": one["group"], "case": one.get("case", ""), "values": one["values"], "options": one["options"], "published": published, "published_applies": bool(applies and published), "runs": runs})  # fmt: skip
+    plan = {
+        "schema": 1, "kind": "study", "name": "core", "title": title, "question": question, "source": "seed 001, Experiments 1-7", "notes": ["Evaluated on both held-out splits."],
+        "version": version, "note": note, "scale": scale, "seeds": list(seeds), "reference": reference, "targets": list(targets), "identity": "0123abcd",
+        "axes": list(axes), "cells": planned, "base": {"model": {"d_model": 128, "n_layers": 4}, "optimizer": {"name": "muon"}, "training": {"updates": updates, "micro_batch_size": 16, "accumulation": 1}}, "notices": [],
+        "command": f"muonlab study core --version {version} --scale {scale}",
+    }  # fmt: skip
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "study.json").write_text(json.dumps(plan))
+    return judge(root)
+
+
+STUDIES = {
+    "core": lambda: (core_cells(), (), {"reference": "adam_baseline", "targets": (4.0,)}),
+    "grid": lambda: (*grid_cells(), {"reference": "lr=0.0625 momentum=0.9375 steps=8"}),
+    "suite": lambda: (suite_cells(), (), {"reference": "adam_baseline"}),
+    "blocks": lambda: (*block_cells(), {"reference": "adamw", "scale": "micro"}),
+}
+
 if __name__ == "__main__":
-    fake_comparison(Path(sys.argv[1]), tuple(sys.argv[2:]) or ("muon", "adamw"), diverged={("adamw", 2)})
+    folder, what = Path(sys.argv[1]), sys.argv[2:3]
+    if what and what[0] in STUDIES:
+        chosen, grid, options = STUDIES[what[0]]()
+        fake_study(folder, chosen, grid, **options)
+    else:
+        fake_comparison(folder, tuple(sys.argv[2:]) or ("muon", "adamw"), diverged={("adamw", 2)})

@@ -39,7 +39,7 @@ def write_exports(directory: str | Path) -> list[Path]:
     `paper.tex` (an article around tables and figure), `EXPERIMENT_CARD.txt` and
     `pareto_plot.png` (time against loss of the final runs). InputError without a readable summary.
     """
-    from muonlab.report import exports
+    from muonlab.report import exports, series
     from muonlab.report.reading import read_material
     from muonlab.report.surveys import pareto_plot
 
@@ -54,10 +54,12 @@ def write_exports(directory: str | Path) -> list[Path]:
     for name, text in texts.items():
         _write_text(Path(directory) / name, text)
     picture = Path(directory) / "pareto_plot.png"
-    finals = [
-        material.runs[e["directory"]] for e in material.summary.get("finals", ()) if e["directory"] in material.runs
+    entries = [e for e in material.summary["finals"] if e["directory"] in material.runs and e["status"] == "finished"]
+    points = [
+        (e["optimizer"], "", series.number(e.get("seconds")), series.number(e.get("report_cross_entropy")))
+        for e in entries
     ]
-    pareto_plot(finals, "report", picture)
+    pareto_plot(points, "report", picture)
     return [*(Path(directory) / name for name in texts), picture]
 
 

@@ -225,7 +225,7 @@ def _sensitivity(axes: Axes, summary: Mapping[str, Any]) -> None:
     failed = any(not math.isfinite(loss) for loss in losses)
     axes.set_ylim(bottom - (0.14 + 0.1 * max(1, len(bars))) * span, top + (0.22 if failed else 0.1) * span)
     ticks = sorted({trial.lr for group in trials.values() for trial in series.sweep(group)})
-    _lr_ticks(axes, ticks)
+    lr_ticks(axes, ticks)
     note = f"ring: chosen, hollow: other knobs moved{', ×: diverged' if failed else ''}"
     note += f"\nbar: range within {series.DELTA} nats of the best"
     axes.set_xlabel(f"learning rate of the hidden matrices\n{note}", fontsize=8.5)
@@ -276,7 +276,7 @@ def _differences(axes: Axes, summary: Mapping[str, Any]) -> None:
 # --- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def _lr_ticks(axes: Axes, ticks: Sequence[float]) -> None:
+def lr_ticks(axes: Axes, ticks: Sequence[float]) -> None:
     """Label the learning rates that were tried, those left out that would touch their neighbour's label."""
     low, high = (math.log2(bound) for bound in axes.get_xlim())
     kept: list[float] = []

@@ -32,6 +32,14 @@ def colors(optimizers: Sequence[str]) -> dict[str, str]:
     return {name: PALETTE[slot] for name, slot in slots(optimizers).items()}
 
 
+def clipped(text: str, length: int) -> str:
+    """A long name without its middle: what tells names of one study apart is often at the end."""
+    if len(text) <= length:
+        return text
+    tail = (length - 1) // 2
+    return f"{text[: length - 1 - tail]}…{text[-tail:]}"
+
+
 def short(value: Any, digits: int = 4) -> str:
     """A value for a table cell: numbers to `digits` significant digits, a dash for nothing."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):

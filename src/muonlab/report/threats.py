@@ -23,24 +23,18 @@ class Threat:
 
 
 def threats(material: Material) -> list[Threat]:
-    """All threats that the data show, serious ones first."""
-    found = [
-        threat
-        for check in (
-            _gate,
-            _seeds,
-            _edges,
-            _failures,
-            _unreadable,
-            _versions,
-            _machines,
-            _budgets,
-            _data,
-            _families,
-            _scope,
-        )
-        for threat in check(material)
-    ]
+    """All threats to a comparison that the data show, serious ones first."""
+    checks = (_gate, _seeds, _edges, _failures, _budgets, _families)
+    return serious_first([*(threat for check in checks for threat in check(material)), *run_threats(material)])
+
+
+def run_threats(material: Material) -> list[Threat]:
+    """What the run directories alone show: unreadable ones, mixed programs, machines and data, the narrowness of one setting."""
+    checks = (_unreadable, _versions, _machines, _data, _scope)
+    return [threat for check in checks for threat in check(material)]
+
+
+def serious_first(found: list[Threat]) -> list[Threat]:
     return sorted(found, key=lambda threat: threat.severity != "serious")
 
 
@@ -137,7 +131,7 @@ def _versions(material: Material) -> Iterator[Threat]:
                 severity="serious",
                 title=f"Mixed {title}",
                 text=f"The runs were made by {len(seen)} {title}: {', '.join(seen)}. A difference between them may be a difference of programs.",
-                remedy="Run the comparison in a new folder.",
+                remedy="Run everything again in a new folder.",
             )
     dirty = _distinct(v.get("commit") for v in versions if "dirty" in str(v.get("commit")))
     if dirty:

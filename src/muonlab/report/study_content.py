@@ -1,0 +1,375 @@
+"""What a report says about a study, as plain values: page, card, tables and figures all take it from here."""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from muonlab.report import content, series, style
+from muonlab.report.differences import differing, routing_rules
+from muonlab.report.reading import Material, runs_of
+from muonlab.studies.curves import PerformanceProfile, performance_profile, to_target
+
+CARDS = 3
+"""Verdicts that get a card each; more become one sentence and a table."""
+WORD = {"better": "better", "worse": "worse", "not distinguishable": "cannot be told apart"}
+
+
+def cell_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every cell with the means over its finished runs and what it cost, best first, those without a loss last.
+
+    Losses in nats per token; `gain` is what lies between the loss and the unigram entropy, which counting words reaches.
+    """
+    entropy = series.number((summary.get("gate") or {}).get("unigram_entropy"))
+    passed = (summary.get("gate") or {}).get("passed") or {}
+    rows = []
+    for cell in summary["cells"]:
+        done = [run for run in cell["runs"] if run["status"] == "finished"]
+        loss, seconds = series.number(cell.get("mean")), mean(done, "seconds")
+        memory = max((series.number(run.get("peak_memory_bytes")) for run in done), default=math.nan)
+        gain = entropy - loss if entropy - loss > 0 else math.nan
+        low, high = (series.number(bound) for bound in cell.get("interval") or (None, None))
+        rows.append(
+            {
+                "cell": cell["cell"],
+                "group": cell["group"],
+                "values": cell["values"],
+                "options": cell.get("options") or {},
+                "rank": cell.get("rank"),
+                "loss": loss,
+                "sd": series.number(cell.get("sd")),
+                "half": (high - low) / 2,
+                "interval": (low, high),
+                "losses": [series.number(run.get("report_cross_entropy")) for run in done],
+                "finished": len(done),
+                "seeds": len(cell["runs"]),
+                **{key: mean(done, key) for key in ("bits_per_byte", "perplexity", "accuracy", "updates_per_second")},
+                "seconds": seconds,
+                "memory": memory,
+                "spikes": total(done, "spikes"),
+                "plateaus": total(done, "plateaus"),
+                "gain": gain,
+                "per_minute": 60 * gain / seconds if seconds > 0 else math.nan,
+                "per_gigabyte": 1e9 * gain / memory if memory > 0 else math.nan,
+                "failed": [
+                    f"seed {run['seed']}: {run['status']}" for run in cell["runs"] if run["status"] != "finished"
+                ],
+                "learned": bool(passed.get(cell["cell"], True)),
+                "reference": cell["cell"] == summary.get("reference"),
+            }
+        )
+    return sorted(rows, key=lambda row: (row["rank"] is None, row["rank"] or 0))
+
+
+def answers(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The verdicts as cards: best cell against best cell of the groups, and the cells against the reference."""
+    found = []
+    groups = summary.get("group_contrasts") or ()
+    for verdict in groups:
+        card = content.answer(verdict, holm=series.number(verdict.get("holm")) if len(groups) > 1 else None)
+        chosen = verdict.get("chosen") or {}
+        picks = " against ".join(f"{chosen.get(name, '?')}" for name in (verdict["candidate"], verdict["reference"]))
+        card["facts"].insert(0, f"Best cell against best cell: {picks}, chosen by the first seed on the tune split, judged by the others.")  # fmt: skip
+        found.append({**card, "verdict": verdict})
+    contrasts = summary.get("contrasts") or ()
+    groups_of = {cell["cell"]: cell["group"] for cell in summary["cells"]}
+    if 0 < len(contrasts) <= CARDS:
+        for verdict in contrasts:
+            card = content.answer(verdict, holm=series.number(verdict.get("holm")) if len(contrasts) > 1 else None)
+            found.append({**card, "group": groups_of.get(verdict["candidate"]), "verdict": verdict})
+    elif contrasts:
+        found.append(_tally(summary, contrasts))
+    if not found:
+        reference = summary.get("reference")
+        reason = (
+            f"No cell shares a finished seed with {reference}."
+            if reference
+            else "The study names no reference: its cells are ranked, not judged."
+        )
+        found.append({**content.no_answer(reason), "verdict": None})
+    return found
+
+
+def _tally(summary: Mapping[str, Any], contrasts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Many verdicts in one sentence."""
+    counts = {word: sum(v.get("verdict") == word for v in contrasts) for word in WORD}
+    reference = summary["reference"]
+    parts = [
+        f"{count} {'are ' if word in ('better', 'worse') else ''}{WORD[word]}"
+        for word, count in counts.items()
+        if count
+    ]
+    word = next((word for word in ("better", "worse") if counts[word] == len(contrasts)), "not distinguishable")
+    best = min(contrasts, key=lambda v: series.number(v.get("mean")) if v.get("mean") is not None else math.inf)
+    facts = [f"Largest gain: {best.get('sentence') or best['candidate']}."]
+    return {
+        **content.no_answer(""),
+        "word": f"{len(contrasts)} verdicts",
+        "color": style.VERDICT_COLORS[word] if counts[word] == len(contrasts) else style.MUTED,
+        "headline": f"Of {len(contrasts)} cells against {reference}: {', '.join(parts)}.",
+        "facts": [*facts, "Corrected for their number (Holm); each of them stands in the table below."],
+        "verdict": None,
+    }
+
+
+def contrast_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every cell against the reference, largest gain first, with its place on one common scale (`strip`)."""
+    contrasts = list(summary.get("contrasts") or ())
+    groups = {cell["cell"]: cell["group"] for cell in summary["cells"]}
+    rows = [
+        {
+            **verdict,
+            "group": groups.get(verdict["candidate"], ""),
+            "color": style.VERDICT_COLORS.get(verdict.get("verdict") or "", style.MUTED),
+            "strip": strip,
+        }
+        for verdict, strip in zip(contrasts, content.strips(contrasts))
+    ]
+    return sorted(rows, key=lambda row: series.number(row["mean"]) if row["mean"] is not None else math.inf)
+
+
+def published_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Cells with published numbers beside ours; `difference` (ours − published) only where the numbers belong to what ran."""
+    ours = {row["cell"]: row for row in cell_rows(summary)}
+    cells = [cell for cell in summary["cells"] if cell.get("published")]
+    theirs = sorted(x for c in cells if math.isfinite(x := series.number(c["published"].get("loss"))))
+    mine = sorted(x for c in cells if math.isfinite(x := ours[c["cell"]]["loss"]))
+    rows = []
+    for cell in cells:
+        row, published = ours[cell["cell"]], {key: series.number(value) for key, value in cell["published"].items()}
+        loss = published.get("loss", math.nan)
+        rows.append(
+            {
+                **row,
+                "published": published,
+                "applies": bool(cell.get("published_applies")),
+                "difference": row["loss"] - loss if cell.get("published_applies") else math.nan,
+                "published_rank": theirs.index(loss) + 1 if loss in theirs else None,
+                "our_rank": mine.index(row["loss"]) + 1 if row["loss"] in mine else None,
+                "minutes": row["seconds"] / 60,
+                "memory_gb": row["memory"] / 1e9,
+            }
+        )
+    return sorted(rows, key=lambda row: (row["published_rank"] is None, row["published_rank"] or 0))
+
+
+def published_note(summary: Mapping[str, Any]) -> str:
+    """Why published numbers may or may not be held against ours."""
+    cells = [cell for cell in summary["cells"] if cell.get("published")]
+    if not cells or all(cell.get("published_applies") for cell in cells):
+        return ""
+    if summary.get("scale") not in (None, "full"):
+        return f"This is the scale {summary['scale']}: another model and other data than the source’s, so only the order of cells can be compared, not the losses."
+    return f"The published numbers belong to another version than {summary.get('version')}: the source’s code did something else."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """One line of loss against one logarithmic axis: a group at one setting of the other axes."""
+
+    group: str
+    axis: str
+    rest: dict[str, Any]
+    points: list[dict[str, Any]]
+    """Rows of cell_rows with their place on the axis as `x`, by rising x."""
+    found: dict[str, Any] | None
+    """The summary's good range and optimum, None where nothing finished."""
+
+    @property
+    def label(self) -> str:
+        return " ".join([self.group, *(f"{key}={style.short(value, 6)}" for key, value in self.rest.items())])
+
+
+def sweeps(summary: Mapping[str, Any]) -> list[Sweep]:
+    """The lines of every logarithmic axis, best line first."""
+    result = []
+    found = {(e["group"], e["axis"], _key(e["rest"])): e for e in summary.get("sensitivity") or ()}
+    rows = cell_rows(summary)
+    for axis in summary.get("axes") or ():
+        if not axis.get("log"):
+            continue
+        lines: dict[tuple[str, Any], list[dict[str, Any]]] = {}
+        rests: dict[tuple[str, Any], dict[str, Any]] = {}
+        for row in rows:
+            x = series.number(row["values"].get(axis["name"]))
+            if x > 0:
+                rest = {key: value for key, value in row["values"].items() if key != axis["name"]}
+                rests[row["group"], _key(rest)] = rest
+                lines.setdefault((row["group"], _key(rest)), []).append({**row, "x": x})
+        for key, points in lines.items():
+            if len(points) > 1:
+                name = axis["name"]
+                points.sort(key=lambda point: point["x"])
+                line = Sweep(
+                    group=key[0], axis=name, rest=rests[key], points=points, found=found.get((key[0], name, key[1]))
+                )
+                result.append(line)
+    return sorted(
+        result, key=lambda line: min((p["loss"] for p in line.points if p["loss"] == p["loss"]), default=math.inf)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effect:
+    """What one axis that is no learning rate does to quality, memory and time: for each group the best cell at each value."""
+
+    axis: str
+    values: list[Any]
+    groups: dict[str, dict[int, dict[str, Any]]]
+    """Group -> index of a value -> row of cell_rows."""
+
+
+def effects(summary: Mapping[str, Any]) -> list[Effect]:
+    """One Effect per axis that is not logarithmic and was varied; over the other axes the best cell counts."""
+    result = []
+    rows = [row for row in cell_rows(summary) if math.isfinite(row["loss"])]
+    for axis in summary.get("axes") or ():
+        if axis.get("log"):
+            continue
+        groups: dict[str, dict[int, dict[str, Any]]] = {}
+        for row in rows:  # best first
+            value = row["values"].get(axis["name"])
+            if axis["name"] in row["values"] and value in axis["values"]:
+                groups.setdefault(row["group"], {}).setdefault(axis["values"].index(value), row)
+        groups = {name: points for name, points in groups.items() if len(points) > 1}
+        if groups:
+            result.append(Effect(axis=axis["name"], values=list(axis["values"]), groups=groups))
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Mean loss over two axes, a table for each group and each value of a third; infinity where no seed finished."""
+
+    x: str
+    y: str
+    tables: dict[str, dict[tuple[Any, Any], float]]
+    """Title of the panel -> (value of x, value of y) -> loss; of several cells the best counts."""
+
+
+def grid(summary: Mapping[str, Any]) -> Grid | None:
+    """The study as heat maps: x is its first logarithmic axis; None with fewer than two axes of two values."""
+    axes = [axis for axis in summary.get("axes") or () if len(axis["values"]) > 1 and len(axis["fields"]) < 3]
+    axes.sort(key=lambda axis: not axis.get("log"))  # stable: learning rates first
+    if len(axes) < 2:
+        return None
+    x, y, *more = (axis["name"] for axis in axes)
+    tables: dict[str, dict[tuple[Any, Any], float]] = {}
+    rows = [row for row in cell_rows(summary) if x in row["values"] and y in row["values"]]
+    rows.sort(key=lambda row: [axis["values"].index(row["values"][axis["name"]]) for axis in axes[2:3] if axis["name"] in row["values"]])  # fmt: skip
+    groups = {row["group"] for row in rows}
+    for row in rows:
+        title = [row["group"]] if len(groups) > 1 else []
+        title += [f"{name} {style.short(row['values'][name], 6)}" for name in more[:1] if name in row["values"]]
+        table = tables.setdefault(" · ".join(title), {})
+        place = (row["values"][x], row["values"][y])
+        table[place] = min(table.get(place, math.inf), row["loss"] if math.isfinite(row["loss"]) else math.inf)
+    return Grid(x=x, y=y, tables=tables) if tables else None
+
+
+def profile(material: Material) -> PerformanceProfile | None:
+    """Training seconds to a target as a performance profile over cells; a workload is a target with a seed.
+
+    Targets are the study's own, else what the median cell reached at its end. Workloads that nobody solved, or that are
+    solved before the first update, are left out; None without two cells and a workload.
+    """
+    summary = material.summary
+    means = [x for cell in summary["cells"] if math.isfinite(x := series.number(cell.get("mean")))]
+    targets = [float(target) for target in summary.get("targets") or ()] or (
+        [statistics.median(means)] if means else []
+    )
+    times: dict[str, list[float]] = {}
+    for cell in summary["cells"]:
+        by_seed = {run["seed"]: run for run in runs_of(material, cell)}
+        times[cell["cell"]] = [
+            to_target(series.evaluations(by_seed[seed], "report"), target).seconds if seed in by_seed else math.inf
+            for target in targets
+            for seed in summary["seeds"]
+        ]
+    columns = [column for column in zip(*times.values()) if math.isfinite(min(column)) and min(column) > 0]
+    names = list(times)
+    if len(names) < 2 or not columns:
+        return None
+    return performance_profile({name: list(row) for name, row in zip(names, zip(*columns))})
+
+
+def target_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What each cell needed to reach each target, the quickest first, with its group."""
+    groups = {cell["cell"]: cell["group"] for cell in summary["cells"]}
+    rows = [{**row, "group": groups.get(row["cell"], "")} for row in summary.get("to_target") or ()]
+    order = list(dict.fromkeys(row["target"] for row in rows))
+    return sorted(rows, key=lambda row: (order.index(row["target"]), series.number(row["updates"]) if row["updates"] is not None else math.inf))  # fmt: skip
+
+
+def run_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every run as a row, with its cell and group."""
+    return [
+        {"message": None, **run, "cell": cell["cell"], "group": cell["group"]}
+        for cell in summary["cells"]
+        for run in cell["runs"]
+    ]
+
+
+def differences(material: Material) -> dict[str, Any]:
+    """Which keys differ between cells, a row for each cell; and keys that differ between the seeds of one."""
+    keys = list(dict.fromkeys(key for cell in material.summary["cells"] for key in cell.get("options") or {}))
+    rows = [
+        (cell["cell"], cell["group"], [(cell.get("options") or {}).get(key) for key in keys])
+        for cell in material.summary["cells"]
+    ]
+    odd = {}
+    for cell in material.summary["cells"]:
+        found = differing([run["config"] for run in runs_of(material, cell)])
+        odd.update({f"{cell['cell']}: {key}": row for key, row in found.items()})
+    return {"keys": keys, "rows": rows, "odd": odd}
+
+
+def routing(material: Material) -> list[dict[str, Any]]:
+    """Which rule updates which parameters, from the first readable run of each group."""
+    tables: dict[str, dict[str, Any]] = {}
+    for cell in material.summary["cells"]:
+        table = next((run["routing"] for run in runs_of(material, cell) if run.get("routing")), None)
+        if table and cell["group"] not in tables:
+            rows = routing_rules(table)
+            columns = list(dict.fromkeys(key for row in rows for key in row if key != "names"))
+            tables[cell["group"]] = {"group": cell["group"], "columns": columns, "rows": rows}
+    return list(tables.values())
+
+
+def problems(material: Material) -> dict[str, str]:
+    """Run directories that are missing, damaged, half-written or failed -> what is wrong with each."""
+    found = {entry["directory"]: str(entry["message"]) for entry in material.summary.get("problems") or ()}
+    for row in run_rows(material.summary):
+        if row["status"] not in ("finished", "missing") and row["directory"] not in found:
+            found[row["directory"]] = f"{row['status']}{': ' + str(row['message']) if row.get('message') else ''}"
+    return {**material.unreadable, **found}
+
+
+def mean(runs: Iterable[Mapping[str, Any]], key: str) -> float:
+    """Mean of a number over runs that have it, NaN without any."""
+    numbers = [x for run in runs if math.isfinite(x := series.number(run.get(key)))]
+    return statistics.fmean(numbers) if numbers else math.nan
+
+
+def total(runs: Sequence[Mapping[str, Any]], key: str) -> int | None:
+    numbers = [run[key] for run in runs if run.get(key) is not None]
+    return sum(numbers) if numbers else None
+
+
+def _key(rest: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((key, repr(value)) for key, value in rest.items()))
+
+
+def highlighted(summary: Mapping[str, Any], count: int = len(style.PALETTE)) -> dict[str, str]:
+    """Cells that figures name, best first, the reference always among them -> colour; the only cell of a group has its colour."""
+    rows = cell_rows(summary)
+    names = [row["cell"] for row in rows]
+    kept = names[:count]
+    reference = summary.get("reference")
+    if reference in names and reference not in kept:
+        kept = [*kept[:-1], reference]
+    groups = [cell["group"] for cell in summary["cells"]]
+    alone = {cell["cell"]: cell["group"] for cell in summary["cells"] if groups.count(cell["group"]) == 1}
+    colors = style.colors([alone.get(name, name) for name in kept])
+    return {name: colors[alone.get(name, name)] for name in kept}
