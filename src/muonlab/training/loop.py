@@ -16,9 +16,7 @@ import torch
 from muonlab.data import Dataset, batch, prepare
 from muonlab.data.order import window_count
 from muonlab.errors import InputError
-from muonlab.models import Transformer
-from muonlab.optim.registry import build_optimizer
-from muonlab.training import checkpoint
+from muonlab.training import checkpoint, programs
 from muonlab.training.config import RunConfig, optimizer_name, replace, resolve_machine, run_id
 from muonlab.training.evaluation import Evaluator
 from muonlab.training.tracking import (
@@ -29,7 +27,7 @@ from muonlab.training.tracking import (
     versions,
     write_json,
 )
-from muonlab.training.update import SCALARS, Update
+from muonlab.training.update import SCALARS
 
 READ_EVERY = 20
 """Updates between two looks at what an accelerator has computed."""
@@ -88,11 +86,14 @@ def run(
         if done is not None:
             return done
         torch.set_num_threads(config.training.threads)
-        if config.training.device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats(config.training.device)
-        return Loop(config, dataset, identity, files, on_event).train(
-            should_stop or (lambda: False), allow_version_change
-        )
+        program = programs.take(config)
+        loop = Loop(config, dataset, identity, files, on_event, program)
+        metrics = loop.train(should_stop or (lambda: False), allow_version_change)
+        programs.keep(program, sound=metrics["status"] != "diverged")
+        return metrics
+    except torch.OutOfMemoryError:
+        programs.forget()
+        raise
     finally:
         torch.set_num_threads(threads)
         files.close()
@@ -110,17 +111,21 @@ class Loop:
     """The state of one run in progress."""
 
     def __init__(
-        self, config: RunConfig[Any], dataset: Dataset, identity: str, files: RunDirectory, on_event: Event | None
+        self,
+        config: RunConfig[Any],
+        dataset: Dataset,
+        identity: str,
+        files: RunDirectory,
+        on_event: Event | None,
+        program: programs.Program,
     ) -> None:
         self.config, self.dataset, self.identity, self.files, self.on_event = config, dataset, identity, files, on_event
         training = config.training
         self.sequences = training.accumulation * training.micro_batch_size
         self.device = torch.device(training.device)
-        torch.manual_seed(config.seed)
-        self.model = Transformer(config.model).to(self.device)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.routing = [dict(row) for row in self.optimizer.routing().rows]  # type: ignore[attr-defined]
-        self.update = Update(self.model, self.optimizer, config)
+        self.program = program
+        self.model, self.optimizer, self.update = program.model, program.optimizer, program.update
+        self.routing = program.routing
         self.evaluators = [
             Evaluator(dataset, split, config.model.seq_len, training.eval_tokens, training.micro_batch_size, self.chunk)
             for split in training.eval_splits
@@ -275,6 +280,7 @@ class Loop:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.update.precision.scaler.load_state_dict(state["scaler"])
+        self.update.recapture()
         self.made, self.timed, self.seconds = state["update"], state["timed"], dict(state["seconds"])
 
     def write_metrics(self, status: str, message: str | None) -> dict[str, Any]:
@@ -309,7 +315,7 @@ class Loop:
             "seconds": {**self.seconds, "wall": sum(self.seconds.values())},
             "updates_per_second": speed,
             "tokens_per_second": speed * config.tokens_per_update,
-            "peak_memory_bytes": peak_memory(self.device),
+            "peak_memory_bytes": self.program.peak_memory() if self.device.type == "cuda" else resident_memory(),
             "final": final,
             "best": {"update": best["update"], "cross_entropy": best["cross_entropy"]} if best else None,
             "updates_to_best": best["update"] if best else None,
@@ -349,10 +355,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def peak_memory(device: torch.device) -> int:
-    """Largest memory so far in bytes: allocated by this run on a CUDA device; elsewhere resident in the whole process,
-    which may have made other runs before."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def resident_memory() -> int:
+    """Largest resident memory of this process so far in bytes; it may have made other runs before."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

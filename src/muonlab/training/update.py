@@ -1,18 +1,20 @@
 """One update: forward and backward over all micro-batches, clipping, optimizer. The only place that executes one.
 
 Three programs run the same arithmetic: eager PyTorch; forward and backward through torch.compile; and, on CUDA, all of it
-with the optimizer captured as one CUDA graph. Learning rates and momenta are tensors there that the graph reads.
+with the optimizer captured as one CUDA graph. Learning rates, momenta and weight decays are tensors there that the graph
+reads. `programs` keeps what was compiled and captured for the next run of the same shapes.
 """
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from muonlab.models import ModelOutput, Transformer
 from muonlab.models.ops import head_sample, head_stats
+from muonlab.optim.optimizer import HybridOptimizer
 from muonlab.optim.schedules import applied_lr, set_lr, set_momentum
 from muonlab.training.config import RunConfig
 from muonlab.training.losses import cross_entropy, training_loss, weighs_tokens_equally
@@ -24,6 +26,8 @@ PROGRAMS = {
 }
 SCALARS = ("loss", "objective", "grad_norm")
 """What every update reports, followed by the learning rate of each kind of parameter."""
+LIVE = ("lr", "block_lr", "momentum", "weight_decay")
+"""Group options that a captured update reads from the device, so that schedules and the next run change them in place."""
 
 
 class Precision:
@@ -47,16 +51,81 @@ def update_seed(seed: int, update: int) -> int:
     return (mixed ^ (mixed >> 31)) & (2**63 - 1)
 
 
-class Update:
-    """Makes one update of `model` by `optimizer` from a batch of `accumulation` x `micro_batch_size` sequences."""
+class MicroStep:
+    """Loss of one micro-batch, compiled unless the program is eager. It reads nothing that differs between runs of one shape."""
 
-    def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer, config: RunConfig[Any]) -> None:
+    def __init__(self, model: Transformer, config: RunConfig[Any]) -> None:
         training = config.training
-        self.model, self.optimizer, self.config = model, optimizer, config
-        self.program = training.program
-        self.notice: str | None = None
-        """Why another program than the one asked for ran, in one line."""
+        self.model, self.loss, self.chunk = model, config.loss, training.logit_chunk_bytes
         self.precision = Precision(training.precision, training.device)
+        self.worked = False
+        """Whether it has made gradients: everything is compiled."""
+        self.notice: str | None = None
+        self._model: Callable[..., ModelOutput] = model
+        self._whole: Callable[..., tuple[Tensor, Tensor]] | None = None
+        self.compiled = training.program != "eager"
+        if self.compiled and self.precision.device_type == "cuda":
+            self._whole = torch.compile(self._plain, dynamic=False)
+        elif self.compiled:
+            # Inductor's passes over logits on a CPU are slower than torch's own: the head stays outside.
+            self._model = torch.compile(model, dynamic=False)
+
+    def __call__(self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy (detached) and objective of one micro-batch, inputs and targets [B, T]."""
+        run = self._whole or self._plain
+        if self.worked or not self.compiled:
+            return run(inputs, targets, document_ids)
+        import torch._dynamo.config
+
+        # Programs of other shapes count as compilations of the same code: after eight of them it would run uncompiled in silence.
+        with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
+            return run(inputs, targets, document_ids)
+
+    def falls_back(self, error: Exception) -> bool:
+        """Goes on without torch.compile if `error` is its failure to compile; False if it has worked before."""
+        if self.worked or not self.compiled:
+            return False
+        self._model, self._whole, self.compiled = self.model, None, False
+        self.notice = f"torch.compile failed ({first_line(error)}); operations run one by one"
+        return True
+
+    def _plain(self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        with self.precision.autocast():
+            output = self._model(inputs, document_ids=document_ids)
+            hidden = output.hidden.flatten(0, 1)  # [B * T, d_model]
+            equal = weighs_tokens_equally(self.loss)
+            stats = head_stats(hidden, self.model.head_weight, targets.flatten(), self.chunk, equal)
+        objective = training_loss(stats, self.loss).mean() + output.auxiliary_loss
+        return cross_entropy(stats).detach().mean(), objective
+
+
+class Captured(NamedTuple):
+    """An update as a CUDA graph, with the tensors that it reads and writes."""
+
+    graph: "torch.cuda.CUDAGraph"
+    inputs: Tensor
+    targets: Tensor
+    document_ids: Tensor | None
+    result: Tensor
+
+
+class Update:
+    """Makes one update of `model` by `optimizer` from a batch of `accumulation` x `micro_batch_size` sequences.
+
+    `earlier`, an update of the same program, hands over what it has compiled, and what it has captured if the optimizer
+    is the same object.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        optimizer: torch.optim.Optimizer,
+        config: RunConfig[Any],
+        earlier: "Update | None" = None,
+    ) -> None:
+        self.model, self.optimizer, self.config = model, optimizer, config
+        self.micro_step: MicroStep = MicroStep(model, config) if earlier is None else earlier.micro_step
+        self.precision = self.micro_step.precision
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         options = config.model
         self.curvature_every: int | None = getattr(config.optimizer, "curvature_every", None)
@@ -64,21 +133,46 @@ class Update:
         self.random = noisy or self.curvature_every is not None
         self.kinds = list(applied_lr(optimizer))
         self.calls = 0
-        self._model: Callable[..., ModelOutput] = model
-        self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
-        if self.program != "eager" and self.precision.device_type == "cuda":
-            self._compiled = torch.compile(self._plain_micro_step, dynamic=False)
-        elif self.program != "eager":
-            # Inductor's passes over logits on a CPU are slower than torch's own: the head stays outside.
-            self._model, self._compiled = torch.compile(model, dynamic=False), self._plain_micro_step
-        self._graph: torch.cuda.CUDAGraph | None = None
-        if self.program == "graph":
+        self._wants_graph = config.training.program == "graph"
+        self._captured: Captured | None = None
+        self._not_captured: str | None = None
+        """Why no CUDA graph can be made, in a few words."""
+        if earlier is not None and earlier.optimizer is optimizer:
+            self._captured, self._not_captured = earlier._captured, earlier._not_captured
+        if any(group.get("block_size") and group.get("block_period") for group in optimizer.param_groups):
+            self._not_captured = "block_period takes turns between two programs"
+        if self._wants_graph:
             self._make_live()
+
+    @property
+    def program(self) -> str:
+        """What really runs, also after something could not be compiled or captured."""
+        if self._wants_graph and self._not_captured is None:
+            return "graph"
+        return "compile" if self.micro_step.compiled else "eager"
+
+    @property
+    def notice(self) -> str | None:
+        """Why another program than the one asked for runs, in one line."""
+        lost = self._not_captured if self._wants_graph else None
+        graph = None if lost is None else f"no CUDA graph ({lost}); the update runs as {self.program}"
+        return "; ".join(line for line in (self.micro_step.notice, graph) if line) or None
 
     @property
     def ready(self) -> bool:
         """Whether the next call only computes: everything is compiled and captured."""
-        return self.calls > {"eager": -1, "compile": 0, "graph": 2}[self.program]
+        if self.program == "graph":
+            return self._captured is not None
+        return self.program == "eager" or self.micro_step.worked
+
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph holds this update, and with it the places of parameters and optimizer state."""
+        return self._captured is not None
+
+    def recapture(self) -> None:
+        """Forget the CUDA graph, because tensors that it reads were replaced: the third call from now makes a new one."""
+        self._captured, self.calls = None, 0
 
     def __call__(self, update: int, inputs: Tensor, targets: Tensor, document_ids: Tensor | None) -> Tensor:
         """Update number `update` (0-based) on inputs, targets, document_ids [accumulation * micro_batch_size, T].
@@ -96,9 +190,9 @@ class Update:
         if self.curvature_every is not None and update % self.curvature_every == 0:
             self._estimate_curvature(inputs, document_ids)
         self.calls += 1
-        if self.program != "graph":
-            return self._execute(inputs, targets, document_ids)
-        return self._replay(inputs, targets, document_ids)
+        if self.program == "graph":
+            return self._replay(inputs, targets, document_ids)
+        return self._execute(inputs, targets, document_ids)
 
     def _execute(self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None) -> Tensor:
         training = self.config.training
@@ -107,9 +201,7 @@ class Update:
         for index in range(training.accumulation):
             rows = slice(index * training.micro_batch_size, (index + 1) * training.micro_batch_size)
             ids = None if document_ids is None else document_ids[rows]
-            loss, objective = self._micro_step(inputs[rows], targets[rows], ids)
-            self.precision.scaler.scale(objective / training.accumulation).backward()  # type: ignore[no-untyped-call]
-            sums += torch.stack([loss, objective.detach()]) / training.accumulation
+            sums += self._add_gradients(inputs[rows], targets[rows], ids) / training.accumulation
         self.precision.scaler.unscale_(self.optimizer)
         grad_norm = self._clip()
         rates = self._rates(inputs.device)
@@ -117,28 +209,19 @@ class Update:
         self.precision.scaler.update()
         return torch.cat([sums, grad_norm.view(1), rates])
 
-    def _micro_step(self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self._compiled is not None:
-            try:
-                return self._compiled(inputs, targets, document_ids)
-            except Exception as error:
-                if self.calls > 1:  # it has worked before: this is no failure to compile
-                    raise
-                self._model, self._compiled = self.model, None
-                self.notice = f"torch.compile failed ({str(error).splitlines()[0][:160]}); operations run one by one"
-                self.program = "eager" if self.program == "compile" else self.program
-        return self._plain_micro_step(inputs, targets, document_ids)
-
-    def _plain_micro_step(self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy (detached) and objective of one micro-batch, inputs and targets [B, T]."""
-        with self.precision.autocast():
-            output = self._model(inputs, document_ids=document_ids)
-            hidden = output.hidden.flatten(0, 1)  # [B * T, d_model]
-            chunk = self.config.training.logit_chunk_bytes
-            equal = weighs_tokens_equally(self.config.loss)
-            stats = head_stats(hidden, self.model.head_weight, targets.flatten(), chunk, equal)
-        objective = training_loss(stats, self.config.loss).mean() + output.auxiliary_loss
-        return cross_entropy(stats).detach().mean(), objective
+    def _add_gradients(self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None) -> Tensor:
+        """Forward and backward pass of one micro-batch; its loss and objective [2]."""
+        try:
+            loss, objective = self.micro_step(inputs, targets, document_ids)
+            scaled = self.precision.scaler.scale(objective / self.config.training.accumulation)
+            scaled.backward()  # type: ignore[no-untyped-call]
+        except Exception as error:
+            if not self.micro_step.falls_back(error):
+                raise
+            self.optimizer.zero_grad(set_to_none=True)  # this was the first micro-batch of all
+            return self._add_gradients(inputs, targets, document_ids)
+        self.micro_step.worked = True
+        return torch.stack([loss, objective.detach()])
 
     def _estimate_curvature(self, inputs: Tensor, document_ids: Tensor | None) -> None:
         """Sophia-G's extra pass over the update's inputs, on labels that the model itself draws."""
@@ -174,18 +257,17 @@ class Update:
     # --- the CUDA graph -----------------------------------------------------------------------------------------------
 
     def _make_live(self) -> None:
-        """Learning rates and momenta as tensors on the device, which schedules fill and the graph reads."""
+        """The LIVE options as tensors on the device, which schedules fill and the graph reads; lr alone for torch's own."""
         device = self.parameters[0].device
         for group in self.optimizer.param_groups:
-            names = ["lr"] + (
-                ["momentum"] if self.config.schedule.momentum_warmup and group.get("rule") == "muon" else []
-            )
-            for name in names:
-                group.setdefault(f"initial_{name}", float(group[name]))
-                group[name] = torch.tensor(float(group[name]), device=device)
+            for name in LIVE if isinstance(self.optimizer, HybridOptimizer) else LIVE[:1]:
+                value = group.get(name)
+                if value is not None and not isinstance(value, Tensor):
+                    group.setdefault(f"initial_{name}", float(value))
+                    group[name] = torch.tensor(float(value), device=device)
 
     def _replay(self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None) -> Tensor:
-        if self._graph is None:
+        if self._captured is None:
             if self.calls <= 2:  # real updates that also compile everything and make the optimizer's state
                 side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
                 side.wait_stream(torch.cuda.current_stream())
@@ -194,27 +276,32 @@ class Update:
                 torch.cuda.current_stream().wait_stream(side)
                 return result
             self._capture(inputs, targets, document_ids)
-        if self._graph is None:  # the capture failed; `notice` says why
+        if self._captured is None:  # the capture failed; `notice` says why
             return self._execute(inputs, targets, document_ids)
-        self._inputs.copy_(inputs, non_blocking=True)
-        self._targets.copy_(targets, non_blocking=True)
-        if document_ids is not None and self._ids is not None:
-            self._ids.copy_(document_ids, non_blocking=True)
-        self._graph.replay()
-        return self._result.clone()
+        captured = self._captured
+        captured.inputs.copy_(inputs, non_blocking=True)
+        captured.targets.copy_(targets, non_blocking=True)
+        if document_ids is not None and captured.document_ids is not None:
+            captured.document_ids.copy_(document_ids, non_blocking=True)
+        captured.graph.replay()
+        return captured.result.clone()
 
     def _capture(self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None) -> None:
-        self._inputs, self._targets = inputs.clone(), targets.clone()
-        self._ids = None if document_ids is None else document_ids.clone()
+        ids = None if document_ids is None else document_ids.clone()
+        static = (inputs.clone(), targets.clone(), ids)
         graph = torch.cuda.CUDAGraph()
         self.optimizer.zero_grad(set_to_none=True)
         try:
             with torch.cuda.graph(graph):
-                self._result = self._execute(self._inputs, self._targets, self._ids)
+                result = self._execute(*static)
         except Exception as error:
             torch.cuda.synchronize()
-            self.program = "eager" if self._compiled is None else "compile"
-            self.notice = f"no CUDA graph ({str(error).splitlines()[0][:160]}); the update runs as {self.program}"
+            self._not_captured = first_line(error)
             self.optimizer.zero_grad(set_to_none=True)
             return
-        self._graph = graph
+        self._captured = Captured(graph, *static, result)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in at most 160 characters."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
