@@ -67,7 +67,7 @@ def summarize_study(plan: Mapping[str, Any], records: Records) -> dict[str, Any]
     failures = plan.get("failures", {})
     problems += [{"directory": name, "message": failures.get(name, "not yet run")} for name in sorted(planned - seen)]
     problems += [
-        {"directory": name, "message": f"{records.runs[name]['status']} after {records.runs[name]['updates']} updates"}
+        {"directory": name, "message": failures.get(name) or _unfinished(records.runs[name])}
         for name in sorted(planned & set(records.runs))
         if records.runs[name]["status"] not in ("finished", "diverged")
     ]
@@ -103,6 +103,10 @@ def summarize_study(plan: Mapping[str, Any], records: Records) -> dict[str, Any]
         "stale": sorted(seen - planned),
     }
     return {**summary, "flags": _flags(summary)}
+
+
+def _unfinished(record: Mapping[str, Any]) -> str:
+    return f"{record['status']} after {record['updates']} updates"
 
 
 def _cell(planned: Mapping[str, Any], records: Records) -> dict[str, Any]:
