@@ -232,10 +232,11 @@ def test_unequal_budgets_are_a_serious_threat(comparison):
 
 def test_interactive_figures_hold_every_optimizer_and_are_json(comparison):
     material = read_material(comparison)
-    for figure in (interactive.loss_curves(material), interactive.lr_sensitivity(material)):
+    figures = html.figures(material)
+    for figure in (figures["curves"], figures["sensitivity"]):
         assert {trace["meta"]["group"] for trace in figure["data"]} == {"muon", "adamw"}
         json.dumps(figure, allow_nan=False)
-    curves = interactive.loss_curves(material)
+    curves = figures["curves"]
     mean = next(trace for trace in curves["data"] if trace.get("name") == "muon")
     assert mean["meta"]["x"]["tokens"][-1] == 2048 * 100
     assert mean["y"][-1] == pytest.approx(

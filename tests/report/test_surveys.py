@@ -1,10 +1,9 @@
 """Figures over many runs."""
 
-import pytest
+import math
 
 from muonlab.report.surveys import heatmap_plot, pareto_front, pareto_plot, profile_plot
 from muonlab.studies.curves import performance_profile
-from muonlab.training.tracking import read_run
 
 
 def test_the_pareto_front_holds_what_nothing_beats():
@@ -13,29 +12,16 @@ def test_the_pareto_front_holds_what_nothing_beats():
     assert pareto_front([]) == []
 
 
-@pytest.fixture(scope="module")
-def runs(fake, tmp_path_factory):
-    root = tmp_path_factory.mktemp("grid")
-    for steps in (4, 8):
-        for momentum in (0.875, 0.9375):
-            for lr in (1 / 32, 1 / 16, 1 / 8):
-                status = "diverged" if lr == 1 / 8 and momentum > 0.9 else "finished"
-                config = {"optimizer": {"lr": lr, "momentum": momentum, "ns_steps": steps}}
-                fake.fake_run(root / f"{steps}-{momentum}-{lr}", lr=lr, config=config, status=status, updates=20)
-    return [read_run(path) for path in sorted(root.iterdir())]
-
-
-def test_survey_figures_are_drawn_with_diverged_runs_and_without_any(runs, tmp_path):
-    for name, kept in (("all", runs), ("none", [])):
-        heatmap_plot(
-            kept,
-            "optimizer.lr",
-            "optimizer.momentum",
-            "tune",
-            tmp_path / f"heat-{name}.png",
-            panel="optimizer.ns_steps",
-        )
+def test_survey_figures_are_drawn_with_failed_cells_and_without_any(tmp_path):
+    table = {
+        (lr, momentum): 3 + lr * momentum for lr in (1 / 32, 1 / 16, "auto") for momentum in (0.9, 0.95) if lr != "auto"
+    }
+    table[1 / 8, 0.95] = math.inf
+    points = [("muon", f"cell {i}", 10.0 + i, 3 + 0.1 * (i % 3)) for i in range(6)] + [("adamw", "x", math.nan, 3.0)]
+    for name, tables, kept in (("all", {"steps 4": table, "steps 8": {("auto", 0.9): 3.1}}, points), ("none", {}, [])):
+        heatmap_plot(tables, "lr", "momentum", tmp_path / f"heat-{name}.png", title="loss")
         pareto_plot(kept, "tune", tmp_path / f"pareto-{name}.png")
-    profile = performance_profile({"muon": [10, 30, 40], "adamw": [12, 20, float("inf")]})
-    profile_plot(profile, tmp_path / "profile.png")
-    assert len(list(tmp_path.glob("*.png"))) == 5
+    profile_plot(performance_profile({"muon": [10, 30, 40], "adamw": [12, 20, math.inf]}), tmp_path / "profile.png")
+    many = {f"cell {i}": [10.0 + i, 20.0] for i in range(30)}
+    profile_plot(performance_profile(many), tmp_path / "profile-many.png")
+    assert len(list(tmp_path.glob("*.png"))) == 6

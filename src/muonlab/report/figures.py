@@ -284,7 +284,7 @@ def lr_ticks(axes: Axes, ticks: Sequence[float]) -> None:
         if not kept or (math.log2(tick) - math.log2(kept[-1])) > 0.15 * (high - low):
             kept.append(tick)
     axes.xaxis.set_major_locator(FixedLocator(kept))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     axes.xaxis.set_minor_locator(NullLocator())
 
 

@@ -9,7 +9,7 @@ from markupsafe import Markup, escape
 
 from muonlab.report import content, interactive, series, style
 from muonlab.report.differences import flat
-from muonlab.report.reading import Material
+from muonlab.report.reading import Material, finals_of
 from muonlab.report.stability import recommendations
 from muonlab.report.threats import threats
 
@@ -59,13 +59,21 @@ def comparison_page(material: Material) -> str:
 
 
 def figures(material: Material) -> dict[str, Any]:
-    """The interactive figures by the id of their place on the page."""
-    made = {
-        "curves": interactive.loss_curves(material),
-        "sensitivity": interactive.lr_sensitivity(material),
-        "training": interactive.training_curves(material, "loss", "training batch, nats per token"),
-        "gradients": interactive.training_curves(material, "grad_norm", "gradient norm before clipping", log=True),
-    }
+    """The interactive figures of a comparison by the id of their place on the page."""
+    lines = interactive.optimizer_lines(material)
+    finals = {name: finals_of(material.summary, material.runs, name) for name in lines}
+    runs = [(lines[name], run) for name in lines for run in finals[name]]
+    split = series.judged_split([run for _, run in runs])
+    curves = [(lines[name], curve) for name in lines if (curve := series.mean_curve(finals[name], split))]
+    return _drawn(
+        curves=interactive.loss_curves(curves, split),
+        sensitivity=interactive.lr_sensitivity(material),
+        training=interactive.training_curves(runs, "loss", "training batch, nats per token"),
+        gradients=interactive.training_curves(runs, "grad_norm", "gradient norm before clipping", log=True),
+    )
+
+
+def _drawn(**made: dict[str, Any] | None) -> dict[str, Any]:
     return {place: figure for place, figure in made.items() if figure}
 
 

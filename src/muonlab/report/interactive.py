@@ -1,17 +1,22 @@
 """Figures of the HTML page as plain plotly descriptions (dictionaries): nothing here needs plotly itself.
 
-Each trace carries `meta.group`, by which the page's filter finds it.
+Each trace carries `meta.group`, and `meta.cell` in a study, by which the page's filter finds it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 from muonlab.report import series, style
-from muonlab.report.reading import Material, finals_of
+from muonlab.report.reading import Material
 
 Trace = dict[str, Any]
+MOST_POINTS = 20_000
+"""Points of one figure, whatever the number of runs: pages go by mail."""
+MOST_SEEDS = 60
+"""Runs up to which every seed is a line of its own."""
 FONT = {
     "family": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif",
     "size": 13,
@@ -52,57 +57,77 @@ def text(value: Any) -> str:
     return escape(str(value), quote=False)
 
 
-def loss_curves(material: Material) -> dict[str, Any] | None:
-    """Validation loss of the final runs: the mean of each optimizer, its band, and every seed as a thin line."""
-    names = material.summary["optimizers"]
-    finals = {name: finals_of(material.summary, material.runs, name) for name in names}
-    split = series.judged_split([run for group in finals.values() for run in group])
-    curves = {name: curve for name in names if (curve := series.mean_curve(finals[name], split))}
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """How one optimizer or cell is drawn."""
+
+    name: str
+    group: str
+    color: str
+    symbol: str = "circle"
+    cell: str | None = None
+    """Set where a group has several: the page's search finds it by this."""
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return {"group": self.group} | ({"cell": self.cell} if self.cell is not None else {})
+
+
+def loss_curves(curves: Sequence[tuple[Line, series.Curve]], split: str) -> dict[str, Any] | None:
+    """Validation loss: the mean of each line, its band, and every seed as a thin line; the first in front."""
     if not curves:
         return None
+    few = sum(len(curve.seeds) for _, curve in curves) <= MOST_SEEDS
+    points = max(20, min(250, MOST_POINTS // (len(curves) * (4 if few else 3))))
     traces: list[Trace] = []
-    for name, curve in curves.items():
-        look = _look(material, name)
-        xs: dict[str, list[Any]] = {"updates": curve.updates, "tokens": curve.tokens, "seconds": curve.seconds}
-        there_and_back = {key: [*values, *reversed(values)] for key, values in xs.items()}
+    for line, curve in reversed(curves):
+        traces += _curve_traces(line, curve.thinned(points), each=few)
+    limits = series.zoom([curve for _, curve in curves])
+    return figure(traces, "updates", f"{split} split, nats per token", yaxis={"range": limits} if limits else {})
+
+
+def _curve_traces(line: Line, curve: series.Curve, each: bool) -> list[Trace]:
+    xs: dict[str, list[Any]] = {"updates": curve.updates, "tokens": curve.tokens, "seconds": _rounded(curve.seconds, 2)}
+    there_and_back = {key: [*values, *reversed(values)] for key, values in xs.items()}
+    traces: list[Trace] = []
+    if len(curve.seeds) > 1:
         traces.append(
             {
                 "x": there_and_back["updates"],
                 "y": _rounded([*curve.high, *reversed(curve.low)]),
                 "fill": "toself",
-                "fillcolor": _faint(look["color"]),
+                "fillcolor": _faint(line.color),
                 "line": {"width": 0},
                 "mode": "lines",
                 "hoverinfo": "skip",
-                "meta": {"group": name, "x": there_and_back},
+                "meta": {**line.meta, "x": there_and_back},
             }
         )
-        for seed, losses in zip(curve.seeds, curve.each):
-            traces.append(
-                {
-                    "x": curve.updates,
-                    "y": _rounded(losses),
-                    "mode": "lines",
-                    "line": {"color": look["color"], "width": 0.7},
-                    "opacity": 0.6,
-                    "hovertemplate": f"{text(name)}, seed {text(seed)}: %{{y:.4f}} nats<extra></extra>",
-                    "meta": {"group": name, "x": xs},
-                }
-            )
+    for seed, losses in zip(curve.seeds, curve.each if each and len(curve.seeds) > 1 else ()):
         traces.append(
             {
                 "x": curve.updates,
-                "y": _rounded(curve.mean),
-                "name": text(name),
-                "mode": "lines+markers",
-                "line": {"color": look["color"], "width": 2.4},
-                "marker": {"color": look["color"], "symbol": look["symbol"], "size": 7},
-                "hovertemplate": f"<b>{text(name)}</b>, mean of {len(curve.seeds)}: %{{y:.4f}} nats at %{{x:,}}<extra></extra>",
-                "meta": {"group": name, "x": xs},
+                "y": _rounded(losses),
+                "mode": "lines",
+                "line": {"color": line.color, "width": 0.7},
+                "opacity": 0.6,
+                "hovertemplate": f"{text(line.name)}, seed {text(seed)}: %{{y:.4f}} nats<extra></extra>",
+                "meta": {**line.meta, "x": xs},
             }
         )
-    limits = series.zoom(list(curves.values()))
-    return figure(traces, "updates", f"{split} split, nats per token", yaxis={"range": limits} if limits else {})
+    traces.append(
+        {
+            "x": curve.updates,
+            "y": _rounded(curve.mean),
+            "name": text(line.name),
+            "mode": "lines+markers" if len(curve.updates) <= 60 else "lines",
+            "line": {"color": line.color, "width": 2.4},
+            "marker": {"color": line.color, "symbol": line.symbol, "size": 7},
+            "hovertemplate": f"<b>{text(line.name)}</b>, mean of {len(curve.seeds)}: %{{y:.4f}} nats at %{{x:,}}<extra></extra>",
+            "meta": {**line.meta, "x": xs},
+        }
+    )
+    return traces
 
 
 def lr_sensitivity(material: Material) -> dict[str, Any] | None:
@@ -187,41 +212,42 @@ def lr_sensitivity(material: Material) -> dict[str, Any] | None:
     )
 
 
-def training_curves(material: Material, key: str, label: str, log: bool = False) -> dict[str, Any] | None:
-    """One row key of the training history (`loss`, `grad_norm`) of every final run, thinned to what a screen shows."""
+def training_curves(
+    runs: Sequence[tuple[Line, Mapping[str, Any]]], key: str, label: str, log: bool = False
+) -> dict[str, Any] | None:
+    """One row key of the training history (`loss`, `grad_norm`) of runs, thinned to what a screen shows."""
     traces: list[Trace] = []
-    for name in material.summary["optimizers"]:
-        color = _look(material, name)["color"]
-        for run in finals_of(material.summary, material.runs, name):
-            rows = [row for row in run["history"].get("train", ()) if math.isfinite(series.number(row.get(key)))]
-            rows = series.thinned(rows)
-            if rows:
-                xs = {
-                    axis: [row[k] for row in rows]
-                    for axis, k in (("updates", "update"), ("tokens", "tokens"), ("seconds", "seconds"))
+    points = max(20, min(250, MOST_POINTS // max(1, len(runs))))
+    for line, run in runs:
+        rows = [row for row in run["history"].get("train", ()) if math.isfinite(series.number(row.get(key)))]
+        rows = series.thinned(rows, points)
+        if rows:
+            xs = {
+                "updates": [row["update"] for row in rows],
+                "tokens": [row["tokens"] for row in rows],
+                "seconds": _rounded([row["seconds"] for row in rows], 2),
+            }
+            traces.append(
+                {
+                    "x": xs["updates"],
+                    "y": [float(f"{row[key]:.4g}") for row in rows],
+                    "mode": "lines",
+                    "line": {"color": line.color, "width": 1},
+                    "opacity": 0.8,
+                    "hovertemplate": f"{text(line.name)}, seed {text(run['seed'])}: %{{y:.4g}} at %{{x:,}}<extra></extra>",
+                    "meta": {**line.meta, "x": xs},
                 }
-                traces.append(
-                    {
-                        "x": xs["updates"],
-                        "y": [float(f"{row[key]:.4g}") for row in rows],
-                        "mode": "lines",
-                        "line": {"color": color, "width": 1},
-                        "opacity": 0.8,
-                        "hovertemplate": f"{text(name)}, seed {text(run['seed'])}: %{{y:.4g}} at %{{x:,}}<extra></extra>",
-                        "meta": {"group": name, "x": xs},
-                    }
-                )
-    return (
-        figure(
-            traces,
-            "updates",
-            label,
-            yaxis={"type": "log", "tickformat": "~g", "dtick": "D2"} if log else {},
-            height=320,
-        )
-        if traces
-        else None
-    )
+            )
+    if not traces:
+        return None
+    axis = {"type": "log", "tickformat": "~g", "dtick": "D2"} if log else {}
+    return figure(traces, "updates", label, yaxis=axis, height=320)
+
+
+def optimizer_lines(material: Material) -> dict[str, Line]:
+    """The look of each optimizer of a comparison."""
+    names = material.summary["optimizers"]
+    return {name: Line(name=name, group=name, **_look(material, name)) for name in names}
 
 
 def _look(material: Material, name: str) -> dict[str, str]:
@@ -236,8 +262,8 @@ def _trial_text(name: str, trial: series.Trial) -> str:
     return "<br>".join(lines + (["chosen"] if trial.chosen else []))
 
 
-def _rounded(values: Sequence[float]) -> list[float]:
-    return [round(value, 5) for value in values]
+def _rounded(values: Sequence[float], digits: int = 5) -> list[float]:
+    return [round(value, digits) for value in values]
 
 
 def _faint(color: str) -> str:

@@ -47,6 +47,14 @@ class Curve:
     each: list[list[float]]
     """[seeds][updates]"""
 
+    def thinned(self, points: int) -> "Curve":
+        """The same curve at no more than about `points` updates."""
+        if len(self.updates) <= points:
+            return self
+        lists = ("updates", "tokens", "seconds", "mean", "low", "high")
+        kept = {name: thinned(getattr(self, name), points) for name in lists}
+        return Curve(seeds=self.seeds, each=[thinned(row, points) for row in self.each], **kept)
+
 
 def mean_curve(runs: Sequence[Mapping[str, Any]], split: str) -> Curve | None:
     """The finished runs as one curve with its band; None without an evaluation in common."""
@@ -77,9 +85,9 @@ def zoom(curves: Sequence[Curve], skipped: float = 0.25) -> tuple[float, float] 
     for curve in curves:
         after = [high for u, high in zip(curve.updates, curve.high) if u >= skipped * curve.updates[-1]]
         tops.append(after[0])
-    low = min(min(curve.low) for curve in curves)
-    margin = 0.06 * (max(tops) - low) or 0.05
-    return low - margin, max(tops) + margin
+    low, top = min(min(curve.low) for curve in curves), ceiling(tops)
+    margin = 0.06 * (top - low) or 0.05
+    return low - margin, top + margin
 
 
 @dataclass(frozen=True, kw_only=True)

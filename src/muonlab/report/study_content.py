@@ -178,7 +178,7 @@ class Sweep:
 
     @property
     def label(self) -> str:
-        return " ".join([self.group, *(f"{key}={style.short(value, 6)}" for key, value in self.rest.items())])
+        return " ".join([self.group, *(f"{key}={style.label(value)}" for key, value in self.rest.items())])
 
 
 def sweeps(summary: Mapping[str, Any]) -> list[Sweep]:
@@ -261,7 +261,7 @@ def grid(summary: Mapping[str, Any]) -> Grid | None:
     groups = {row["group"] for row in rows}
     for row in rows:
         title = [row["group"]] if len(groups) > 1 else []
-        title += [f"{name} {style.short(row['values'][name], 6)}" for name in more[:1] if name in row["values"]]
+        title += [f"{name} {style.label(row['values'][name])}" for name in more[:1] if name in row["values"]]
         table = tables.setdefault(" · ".join(title), {})
         place = (row["values"][x], row["values"][y])
         table[place] = min(table.get(place, math.inf), row["loss"] if math.isfinite(row["loss"]) else math.inf)

@@ -18,6 +18,8 @@ from muonlab.report.study_content import Effect, Sweep
 OTHERS = "#d4d8de"
 ROWS = 40
 """Cells in the comparison of all: beyond that nobody reads a picture."""
+FEW = 4
+"""Lines up to which intervals are drawn: more would only cover each other."""
 NAME = 46
 """Letters of a name before it is cut."""
 
@@ -88,7 +90,7 @@ def _sweep_panel(axes: Axes, name: str, lines: Sequence[Sweep]) -> None:
         if not named:
             continue
         for point in good:
-            if math.isfinite(point["half"]) and point["loss"] <= top:
+            if len(lines) <= FEW and math.isfinite(point["half"]) and point["loss"] <= top:
                 axes.plot([point["x"]] * 2, [max(bottom - span, point["loss"] - point["half"]), point["loss"] + point["half"]],
                           color=color, linewidth=3, alpha=0.25, solid_capstyle="butt")  # fmt: skip
         for point in (point for point in line.points if point["failed"]):
@@ -100,12 +102,13 @@ def _sweep_panel(axes: Axes, name: str, lines: Sequence[Sweep]) -> None:
                 [line.found["low"], line.found["high"]], [height] * 2, color=color, linewidth=4, solid_capstyle="butt"
             )
             optimum = line.found.get("optimum")
-            if optimum:
+            if optimum and line.points[0]["x"] <= optimum["lr"] <= line.points[-1]["x"]:
                 axes.plot(optimum["lr"], height, marker="d", markersize=7, color="white", mec=color, mew=1.6, zorder=4)
     bars = sum(line.found is not None for line in shown)
     axes.set_ylim(bottom - (0.16 + 0.055 * bars) * span, top + (0.18 if failed else 0.06) * span)
     lr_ticks(axes, sorted({point["x"] for line in lines for point in line.points}))
-    note = f"bars below: within {series.DELTA} nats of the best; diamond: fitted optimum; shade: 95 % interval"
+    note = f"bars below: within {series.DELTA} nats of the best; diamond: fitted optimum"
+    note += "; shade: 95 % interval" if len(lines) <= FEW else ""
     axes.set_xlabel(plain(f"{name}\n{note}{'; ×: a seed failed' if failed else ''}"), fontsize=8.5)
     axes.set_ylabel("report split, nats per token")
     more = len(lines) - len(shown)
@@ -142,10 +145,9 @@ def performance_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             scale = 100 if key == "accuracy" else 1
             values = [scale * row[key] for row in kept]
             finite = [value for value in values if math.isfinite(value)]
-            if key in ("loss", "perplexity"):
-                top = series.ceiling(finite, 1.5 if key == "loss" else 4 * min(finite, default=1.0))
-            else:
-                top = max(finite, default=1.0)
+            room = {"loss": 1.5, "perplexity": 4 * min(finite, default=1.0)}.get(key, math.inf)
+            top = series.ceiling(finite, room)
+            top = math.inf if top >= max(finite, default=0.0) else top  # a very bad cell is an arrow at the edge
             for y, row, value in zip(places, kept, values):
                 color = colors[row["group"]]
                 if key == "loss":
@@ -189,7 +191,7 @@ def effect_plot(effect: Effect, path: Path) -> None:
         ("memory", "peak memory, GB", 1e9),
         ("seconds", "training seconds", 1.0),
     )
-    ticks = [style.clipped(style.short(value, 5), 18) for value in effect.values]
+    ticks = [style.clipped(style.label(value), 18) for value in effect.values]
     turned = len(" ".join(ticks)) > 45
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(12, 4.0 if not turned else 4.8), layout="constrained")

@@ -29,7 +29,9 @@ def pictures(material: Material) -> dict[str, Callable[[Path], None]]:
         title = "Loss on the report split, mean over seeds"
         drawn["heatmap_plot.png"] = lambda path: surveys.heatmap_plot(grid.tables, grid.x, grid.y, path, title=title)
     for effect in content.effects(summary):
-        drawn[f"axis_{_slug(effect.axis)}_plot.png"] = lambda path, effect=effect: study_figures.effect_plot(effect, path)  # type: ignore[misc]
+        drawn[f"axis_{_slug(effect.axis)}_plot.png"] = lambda path, effect=effect: study_figures.effect_plot(
+            effect, path
+        )  # type: ignore[misc]
     if profile := content.profile(material):
         workloads = "pairs of target and seed" if len(summary.get("targets") or ()) > 1 else "seeds"
         drawn["profile_plot.png"] = lambda path: surveys.profile_plot(profile, path, workloads=workloads)

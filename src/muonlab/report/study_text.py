@@ -35,7 +35,9 @@ def protocol(material: Material) -> list[tuple[str, str]]:
     groups = {group: sum(cell["group"] == group for cell in cells) for group in summary["groups"]}
     lengths = sorted({run["updates"] for cell in cells for run in cell["runs"] if run["status"] == "finished"})
     per_update = sorted({run["tokens"] // run["updates"] for run in material.runs.values() if run.get("tokens") and run["updates"]})  # fmt: skip
-    axes = "; ".join(f"{axis['name']}: {style.short(axis['values'], 6)}" for axis in summary.get("axes") or ())
+    axes = "; ".join(
+        f"{axis['name']}: {', '.join(map(style.label, axis['values']))}" for axis in summary.get("axes") or ()
+    )
     rows = [
         ("Cells", f"{len(cells)} configurations; by group: {', '.join(f'{name} {n}' for name, n in groups.items())}."),
         ("Axes", axes),

@@ -71,7 +71,7 @@ def _edges(material: Material) -> Iterator[Threat]:
             if math.isclose(series.number(line["best"]), series.number(bound)) and end in ends
         ]
         if at_best:
-            rest = ", ".join(f"{key} {style.short(value, 6)}" for key, value in line["rest"].items())
+            rest = ", ".join(f"{key} {style.label(value)}" for key, value in line["rest"].items())
             lines.setdefault((line["axis"], at_best[0]), []).append(f"{line['group']}{f' ({rest})' if rest else ''}")
     for (axis, end), names in lines.items():
         yield Threat(

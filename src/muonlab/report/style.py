@@ -55,6 +55,11 @@ def short(value: Any, digits: int = 4) -> str:
     return str(value)
 
 
+def label(value: Any) -> str:
+    """A value of an axis as cells are named by it: 0.03125, 1024, full."""
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else short(value)
+
+
 def loss(value: Any) -> str:
     """Nats to four decimals: the noise between seeds is of the order of 0.001."""
     return f"{value:.4f}" if isinstance(value, int | float) and math.isfinite(value) else "–"

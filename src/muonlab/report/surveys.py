@@ -53,7 +53,8 @@ def pareto_plot(points: Sequence[Point], split: str, path: Path) -> None:
         axes.set_xlabel("training seconds, without evaluation and compilation")
         axes.set_ylabel(f"{split} split, nats per token")
         if kept:
-            axes.legend(title="dashed: nothing is faster and better", alignment="left")
+            title = "dashed: nothing is\nfaster and better"
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", title=title, alignment="left")
         else:
             empty(axes, "no run finished")
         save(figure, path)
@@ -70,7 +71,8 @@ def label_front(axes: Any, front: Sequence[Point]) -> None:
         drawn.append(y)
         left = x < (low + high) / 2
         axes.annotate(plain(style.clipped(label, 40)), (x, y), (7 if left else -7, -3), textcoords="offset points",
-                      ha="left" if left else "right", va="top", fontsize=7.5, color=style.MUTED)  # fmt: skip
+                      ha="left" if left else "right", va="top", fontsize=7.5, color=style.MUTED,
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8})  # fmt: skip
 
 
 def profile_plot(profile: PerformanceProfile, path: Path, *, workloads: str = "workloads") -> None:
@@ -135,8 +137,8 @@ def heatmap_plot(
                     text = "" if math.isnan(excess) else "×" if math.isinf(excess) else f"{excess + best:.3f}"
                     dark = math.isfinite(excess) and excess > 0.55 * top
                     axes.text(i, j, text, ha="center", va="center", fontsize=8, color="white" if dark else style.INK)
-            axes.set_xticks(range(len(xs)), [plain(style.short(value, 3)) for value in xs])
-            axes.set_yticks(range(len(ys)), [plain(style.short(value, 5)) for value in ys])
+            axes.set_xticks(range(len(xs)), [plain(style.label(value)) for value in xs])
+            axes.set_yticks(range(len(ys)), [plain(style.label(value)) for value in ys])
             axes.set_title(plain(name), fontsize=9)
             axes.set_xlabel(plain(x) if index + columns >= len(tables) else "")
             axes.set_ylabel(plain(y) if index % columns == 0 else "")
