@@ -63,6 +63,21 @@ def test_the_good_range_of_a_v_shaped_curve_is_known():
     assert wide.open_high
 
 
+def test_the_good_range_of_muon_in_the_published_sweep_of_wen_et_al():
+    # 2509.02046, 130M parameters, 1 x Chinchilla: within 0.05 of 3.464 to the right up to 3.514, which lies
+    # (3.514 - 3.484) / (3.535 - 3.484) of the way from 0.032 to 0.064; to the left all of what was tried
+    lrs, losses = [0.008, 0.016, 0.032, 0.064, 0.128], [3.491, 3.464, 3.484, 3.535, 3.688]
+    found = C.lr_tolerance(lrs, losses, delta=0.05)
+    assert found.best == 0.016
+    assert found.octaves == pytest.approx(2 + 0.030 / 0.051, abs=1e-6)
+    assert found.open_low
+    assert not found.open_high
+    # a parabola through the three best: vertex at log2 = -6 - (3.484 - 3.491) / (2 * (3.484 + 3.491 - 2 * 3.464))
+    optimum = C.lr_optimum(lrs[:3], losses[:3])
+    assert math.log2(optimum.lr / 0.016) == pytest.approx(0.007 / (2 * 0.047), abs=1e-6)
+    assert C.edge_of_range(lrs, losses) is None
+
+
 def test_the_good_range_stops_at_a_trial_that_diverged():
     found = C.lr_tolerance([0.01, 0.02, 0.04], [3.0, 3.01, None], delta=0.05)
     assert (found.low, found.high) == pytest.approx((0.01, 0.02))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -215,11 +216,17 @@ def detectable_effect(spread: float, n: int, *, wanted_power: float = 0.8, confi
         return math.inf
     if spread == 0:
         return 0.0
+    return _detectable_ratio(n, wanted_power, confidence) * spread
+
+
+@cache
+def _detectable_ratio(n: int, wanted_power: float, confidence: float) -> float:
     upper = 1.0
     while power(upper, 1.0, n, confidence=confidence) < wanted_power:
         upper *= 2
-    root = optimize.brentq(lambda d: power(d, 1.0, n, confidence=confidence) - wanted_power, 0.0, upper, xtol=1e-10)
-    return float(root) * spread
+    return float(
+        optimize.brentq(lambda d: power(d, 1.0, n, confidence=confidence) - wanted_power, 0.0, upper, xtol=1e-10)
+    )
 
 
 def seeds_needed(effect: float, spread: float, *, wanted_power: float = 0.8, confidence: float = 0.95) -> float:
@@ -298,4 +305,5 @@ def _p_value(values: np.ndarray) -> float:
         return math.nan
     if np.ptp(values) == 0:
         return 0.0 if values[0] else 1.0
-    return float(stats.ttest_1samp(values, 0.0).pvalue)
+    t = values.mean() / (values.std(ddof=1) / math.sqrt(len(values)))
+    return float(2 * stats.t.sf(abs(t), len(values) - 1))

@@ -1,5 +1,6 @@
 """What a comparison found, as the plain values of comparison_summary.json."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -76,7 +77,8 @@ def summarize(
             )
     losses = {n: [final_loss(outcomes[n][seed], "report") for seed in plan.seeds(n)] for n in names}
     entropy = dataset.report.unigram_entropy  # no unigram model of this split does better
-    learned = {n: statistics.fmean(losses[n]) < entropy for n in names}
+    ended = {n: [loss for loss in losses[n] if math.isfinite(loss)] for n in names}
+    learned = {n: bool(ended[n]) and statistics.fmean(ended[n]) < entropy for n in names}
     flags = [
         f"{n}: the best {KNOBS[knob].text} lies at the edge of the range tried; a wider search may find a better one"
         for n in names
