@@ -52,8 +52,12 @@ def matrix(*shape, seed=0):
 VARIANTS = {
     "plain": {},
     "normuon": {"normuon_beta": 0.95},
-    "tiles": {"block_size": 20, "block_period": 3},
+    "tiles": {"block_size": 20, "block_period": 3, "normuon_beta": 0.95, "idle": "fade"},
     "bf16 momentum": {"momentum_dtype": "bfloat16"},
+    "8-bit momentum": {"momentum_dtype": "int8", "block_size": 20},
+    "gradients": {"mars_gamma": 0.025, "laprop_beta": 0.99, "cautious_update": True},
+    "entries": {"sign_momentum": True, "normuon_axis": "entries", "normuon_beta": 0.95},
+    "sums": {"normuon_axis": "sum", "normuon_beta": 0.0, "row_fraction": 0.5, "decay_form": "l2"},
     "fading": {"idle": "fade"},
     "lion": {"fallback": "lion"},
 }
@@ -409,6 +413,17 @@ def test_the_compiled_step_equals_the_eager_one():
         {"skip_nonfinite": True, "cautious_decay": True, "block_size": 20, "heavy_ball": True},
         {"coefficients": "aol4", "momentum_dtype": "bfloat16", "fallback": "lion"},
         {"method": "gram", "lr": torch.tensor(0.1)},
+        {"block_size": 20, "block_period": 2, "idle": "fade", "normuon_beta": 0.9, "method": "mud"},
+        {
+            "mars_gamma": 0.025,
+            "laprop_beta": 0.99,
+            "cautious_update": True,
+            "nuclear_scale": True,
+            "skip_nonfinite": True,
+        },
+        {"sign_momentum": True, "normuon_axis": "entries", "normuon_beta": 0.9, "momentum_dtype": "int8"},
+        {"normuon_axis": "norm", "normuon_beta": 0.9, "fixed_norm": True, "stiefel": True},
+        {"normuon_axis": "sum", "normuon_beta": 0.9, "row_fraction": 0.5, "decay_form": "independent"},
     ],
 )
 def test_a_step_never_asks_a_device_for_a_value(options):
@@ -444,7 +459,7 @@ def test_a_step_never_asks_a_device_for_a_value(options):
         (lambda: Muon([matrix(4, 4)], momentum=1.0), r"momentum must lie in \[0, 1\)"),
         (lambda: Muon([matrix(4, 4)], nestrov=True), "did you mean 'nesterov'"),
         (lambda: MuonOptions(block_period=4), "no effect without block_size"),
-        (lambda: MuonOptions(block_size=4, block_period=4, normuon_beta=0.9), "not with normuon_beta"),
+        (lambda: MuonOptions(block_size=4, block_period=4, momentum_dtype="int8"), "use momentum_dtype bfloat16"),
         (lambda: MuonOptions(block_size=0), "at least 1"),
         (lambda: MuonOptions(method="gram", dtype="bfloat16"), "not accurate enough"),
         (lambda: MuonOptions(coefficients="cans@1.0"), "safety factor of at least"),

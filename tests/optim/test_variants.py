@@ -6,7 +6,8 @@ from torch import nn
 
 from muonlab import Muon, orthogonalize
 from muonlab.optim import rules
-from muonlab.optim.rules import apply_update_, equilibrated_rows, normalized_neurons, renormalized
+from muonlab.optim.rules import apply_update_
+from muonlab.optim.variants import equilibrated_rows, normalized, renormalized
 
 
 def random(*shape, seed=0):
@@ -26,12 +27,12 @@ def test_cautious_decay_spares_entries_that_the_update_pushes_outwards():
 def test_normuon_equalises_neurons_at_an_unchanged_norm(shape):
     update = random(3, *shape) * torch.logspace(-1, 1, shape[0])[:, None]
     second = torch.zeros(3, shape[0], 1)
-    result = normalized_neurons(update, second, 0.0)
+    result = normalized(update, second, 0.0)
     rows = result.norm(dim=-1)
     torch.testing.assert_close(rows, rows[:, :1].expand_as(rows))
     torch.testing.assert_close(result.norm(dim=(1, 2)), update.norm(dim=(1, 2)))
     torch.testing.assert_close(second, update.square().mean(-1, keepdim=True))
-    zero = normalized_neurons(torch.zeros(1, *shape), torch.zeros(1, shape[0], 1), 0.9)
+    zero = normalized(torch.zeros(1, *shape), torch.zeros(1, shape[0], 1), 0.9)
     assert torch.equal(zero, torch.zeros(1, *shape))
 
 

@@ -33,6 +33,17 @@ _MUON = (
     "block_lr",
     "max_workspace_bytes",
 )
+# A group names these only where they are on: a faster step refuses what it does not know.
+_OFF = {
+    "sign_momentum": False,
+    "nuclear_scale": False,
+    "cautious_update": False,
+    "mars_gamma": None,
+    "laprop_beta": None,
+    "row_fraction": None,
+    "fixed_norm": False,
+    "stiefel": False,
+}
 
 
 def plan(
@@ -99,6 +110,7 @@ def param_groups(
                 else entry.weight_decay,
                 "cautious_decay": options.cautious_decay,
                 "skip_nonfinite": options.skip_nonfinite,
+                **({} if options.decay_form == "lr" else {"decay_form": options.decay_form}),
                 **_rule_options(options, used),
             }
             if muon:
@@ -127,7 +139,10 @@ def _shapes(entry: Route) -> list[tuple[int, ...]]:
 def _rule_options(options: OptimizerOptions, rule: str) -> dict[str, Any]:
     if rule in rules.ELEMENTWISE:
         return rules.ELEMENTWISE[rule].hyper(vars(options))
-    return {name: getattr(options, name) for name in _MUON} if rule == "muon" else {}
+    if rule != "muon":
+        return {}
+    on = {name: getattr(options, name) for name, off in _OFF.items() if getattr(options, name) != off}
+    return {name: getattr(options, name) for name in _MUON} | on
 
 
 def check(routes: list[Route]) -> None:

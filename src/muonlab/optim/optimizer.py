@@ -4,6 +4,7 @@ A step walks the parameter groups. Matrices of one shape, whatever parameter, ex
 updated together as one stack by `step.update_matrices`; entries of all other parameters by `step.update_entries`.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, overload
@@ -20,16 +21,19 @@ from muonlab.optim.step import (
     Stack,
     chunks,
     fits_torchs_adamw,
+    flat,
     matrices_at_once,
+    tiled,
     update_by_torchs_adamw,
     update_entries,
     update_matrices,
 )
-from muonlab.optim.views import View, matrices
+from muonlab.optim.variants import variant_of
+from muonlab.optim.views import matrices
 
 # Parameters up to so many elements are stacked with others of their shape; a CPU gains less from that.
 _SMALL_CPU, _SMALL = 1 << 11, 1 << 16
-_STATE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_STATE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
 
 
 class HybridOptimizer(torch.optim.Optimizer):
@@ -147,46 +151,66 @@ class HybridOptimizer(torch.optim.Optimizer):
                 raise InputError(f"the state is of another model: {name} has shape {shapes}")
 
     def _step_matrices(self, group: dict[str, Any], params: list[Tensor], keep: Tensor | None) -> None:
-        full = True
-        if group["block_size"] and group["block_period"]:
-            full = group["updates"] % group["block_period"] == 0
+        tiles = group["block_size"]
+        if tiles and group["block_period"]:
+            tiles = tiles if group["updates"] % group["block_period"] else None
             group["updates"] += 1
-        elif group["block_size"]:
-            full = False
-        view: View = tuple(group["view"]) + (() if full else (("tiles", group["block_size"]),))
-        lr = group["lr"] if full or group["block_lr"] is None else group["block_lr"]
+        lr = group["lr"] if not tiles or group["block_lr"] is None else group["block_lr"]
         buckets: dict[tuple[Any, ...], list[Stack]] = {}
         for param in params:
-            for stack in self._stacks(param, view, group):
+            for stack in self._stacks(param, tiles, group, keep):
                 key = (stack.param.shape[-2:], stack.param.dtype, stack.param.device)
                 buckets.setdefault(key, []).append(stack)
         for bucket in buckets.values():
             for chunk in chunks(bucket, matrices_at_once(bucket, group["max_workspace_bytes"])):
                 update_matrices(chunk, group, lr, keep)
 
-    def _stacks(self, param: Tensor, view: View, group: Mapping[str, Any]) -> list[Stack]:
+    def _stacks(self, param: Tensor, tiles: int | None, group: Mapping[str, Any], keep: Tensor | None) -> list[Stack]:
         """The matrices of one parameter with gradient and state, as stacks [k, m, n]."""
+        variant, view = variant_of(group), tuple(group["view"])
+        names = ("momentum_buffer", *variant.state)
+        state = self._state(param, names, group["momentum_dtype"])
         grad = param.grad
         assert grad is not None
-        state = self._state(param, ("momentum_buffer",), group["momentum_dtype"])
-        parts = [matrices(tensor, view, param) for tensor in (param, grad, state["momentum_buffer"])]
-        stacks = [stack for part in zip(*parts) for stack in _flat(*part)]
-        if group["normuon_beta"] is not None:
-            long = group["normuon_axis"] == "long"
-            shapes = [_neurons(s.param, long) for s in stacks]
-            self._slices(param, stacks, "second_moment", shapes)
+        tensors = {"param": param, "grad": grad, **{name: state[name] for name in names}}
+        stacks = flat({name: matrices(tensor, view, param) for name, tensor in tensors.items()})
         if group["idle"] == "fade":
-            self._slices(param, stacks, "idle", [(len(stack.param), 1, 1) for stack in stacks])
+            self._count_idle(param, stacks, keep)
+        if tiles:
+            stacks = [tile for stack in stacks for tile in tiled(stack, tiles)]
+        if group["momentum_dtype"] == "int8":
+            self._slices(param, stacks, "momentum_scale", lambda stack: (*stack.shape[:-1], 1))
+        # The averages of tiles and of whole matrices that take turns are not the same, as their learning rates are not.
+        suffix = "_of_tiles" if tiles and group["block_period"] else ""
+        self._slices(param, stacks, "second_moment", variant.second_moment_shape, suffix)
         return stacks
 
-    def _slices(self, param: Tensor, stacks: list[Stack], name: str, shapes: list[tuple[int, ...]]) -> None:
+    def _count_idle(self, param: Tensor, stacks: list[Stack], keep: Tensor | None) -> None:
+        """Sets `idle` [k, 1, 1] of whole matrices to the number of updates since their last gradient."""
+        self._slices(param, stacks, "idle", lambda stack: (len(stack), 1, 1))
+        for stack in stacks:
+            idle = stack.state["idle"]
+            now = (idle + 1) * ~stack.grad.any(-1).any(-1)[:, None, None]
+            idle.copy_(now if keep is None else torch.where(keep, now, idle))
+
+    def _slices(
+        self,
+        param: Tensor,
+        stacks: list[Stack],
+        name: str,
+        shape_of: Callable[[Tensor], tuple[int, ...] | None],
+        suffix: str = "",
+    ) -> None:
         """Small state that follows the matrices of a view is one flat fp32 tensor a parameter, cut up here."""
-        sizes = [torch.Size(shape).numel() for shape in shapes]
+        shapes = [shape_of(stack.param) for stack in stacks]
+        if None in shapes:
+            return
+        sizes = [math.prod(shape) for shape in shapes if shape is not None]
         state = self.state[param]
-        if name not in state:
-            state[name] = torch.zeros(sum(sizes), dtype=torch.float32, device=param.device)
-        for stack, piece, shape in zip(stacks, torch.split(state[name], sizes), shapes):
-            stack.state[name] = piece.view(shape)
+        if name + suffix not in state:
+            state[name + suffix] = torch.zeros(sum(sizes), dtype=torch.float32, device=param.device)
+        for stack, piece, shape in zip(stacks, torch.split(state[name + suffix], sizes), shapes):
+            stack.state[name] = piece.view(shape)  # type: ignore[arg-type]  # no shape is None
 
     def _step_entries(self, group: dict[str, Any], params: list[Tensor], keep: Tensor | None) -> None:
         rule = rules.ELEMENTWISE[group["rule"]]
@@ -209,29 +233,16 @@ class HybridOptimizer(torch.optim.Optimizer):
             update_entries(bucket, [self.state[param] for param in bucket], rule, group, keep)
 
     def _state(self, param: Tensor, names: tuple[str, ...], dtype: str = "auto") -> dict[str, Any]:
+        """The state of a parameter with tensors `names` like it; `dtype` is that of the momentum."""
         state: dict[str, Any] = self.state[param]
-        if not state:
-            # Averages of half-precision gradients would stop moving in half precision.
-            half = param.dtype in (torch.float16, torch.bfloat16)
-            work = _STATE_DTYPES.get(dtype, torch.float32 if half else param.dtype)
-            for name in names:
+        for name in names:
+            if name not in state:
+                # Averages of half-precision gradients would stop moving in half precision.
+                half = param.dtype in (torch.float16, torch.bfloat16)
+                work = _STATE_DTYPES.get(dtype) if name == "momentum_buffer" else None
+                work = work or (torch.float32 if half else param.dtype)
                 state[name] = torch.zeros_like(param, dtype=work, memory_format=torch.preserve_format)
         return state
-
-
-def _flat(param: Tensor, grad: Tensor, momentum: Tensor) -> list[Stack]:
-    """Stacks [..., m, n] as stacks [k, m, n], without a copy."""
-    if param.ndim == 2:
-        return [Stack(param[None], grad[None], {"momentum_buffer": momentum[None]})]
-    if param.ndim == 3:
-        return [Stack(param, grad, {"momentum_buffer": momentum})]
-    return [stack for parts in zip(param.unbind(0), grad.unbind(0), momentum.unbind(0)) for stack in _flat(*parts)]
-
-
-def _neurons(stack: Tensor, long: bool) -> tuple[int, ...]:
-    """Shape of NorMuon's second moment for a stack [k, m, n]."""
-    count, rows, cols = stack.shape
-    return (count, rows, 1) if not long or rows >= cols else (count, 1, cols)
 
 
 def _all_finite(work: list[tuple[dict[str, Any], list[Tensor]]]) -> Tensor:

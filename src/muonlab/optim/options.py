@@ -11,8 +11,10 @@ from muonlab.errors import InputError, unknown
 from muonlab.optim.coefficients import resolve
 from muonlab.optim.polar import DTypeName, Method, check_safe
 from muonlab.optim.scaling import SCALES
+from muonlab.optim.variants import AXES
 
 KINDS = ("hidden", "embedding", "head", "router", "vector")
+DECAY_FORMS = ("lr", "independent", "lr_squared", "l2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,9 @@ class OptimizerOptions:
     """Weight decay of the output head; not set: `weight_decay`."""
     vector_weight_decay: float = 0.0
     """Weight decay of norms, biases and scalars: none, as is usual."""
+    decay_form: Literal["lr", "independent", "lr_squared", "l2"] = "lr"
+    """What weight decay is multiplied by: the learning rate (decoupled, as AdamW), nothing, or its square (PaLM); l2 adds
+    the weights times it to the gradient."""
     cautious_decay: bool = False
     """Decay only entries that the update moves towards zero or not at all."""
     skip_nonfinite: bool = False
@@ -93,6 +98,7 @@ class OptimizerOptions:
             _not_negative(name, getattr(self, name))
         for name in ("weight_decay", "embedding_weight_decay", "head_weight_decay", "vector_weight_decay"):
             _not_negative(name, getattr(self, name))
+        _choice("decay_form", self.decay_form, DECAY_FORMS)
 
     def lr_of(self, kind: str) -> float:
         """The learning rate of a kind of parameter."""
@@ -196,7 +202,8 @@ class MuonOptions(OptimizerOptions):
     ns_steps: int | None = None
     """Number of steps of the orthogonalisation; not set: that of the coefficients (5 for most)."""
     method: Method = "auto"
-    """How the orthogonalisation is computed: standard, gram (far from square, not in bf16), svd (exact, slow)."""
+    """How the orthogonalisation is computed: standard, gram (far from square, not in bf16), svd (exact, slow), or mud
+    (decorrelated rows by a triangular solve, in place of it)."""
     dtype: DTypeName = "auto"
     """Precision of the orthogonalisation; auto: fp16 on CUDA, bf16 on a CPU with such instructions, else fp32."""
     scale: str = "moonlight"
@@ -219,20 +226,39 @@ class MuonOptions(OptimizerOptions):
     """Multiply the fallback's learning rates by (d_model / 768) ** -0.5, d_model being the width of the embedding."""
     heavy_ball: bool = False
     """Momentum adds gradients up instead of averaging them: the same directions while momentum is constant."""
-    momentum_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Storage of the momentum; auto: as the parameter, fp32 for half-precision ones."""
+    momentum_dtype: Literal["auto", "bfloat16", "float32", "int8"] = "auto"
+    """Storage of the momentum; auto: as the parameter, fp32 for half-precision ones; int8 has a scale a row."""
     scaled_decay: bool = False
     """Weight decay is multiplied by the scale of the update too."""
     norm_eps: float = 0.0
     """Lower bound of the norm that a matrix is divided by; 0: any magnitude is the same."""
     equilibrate_rows: bool = False
     """Bring all rows to the same norm before the orthogonalisation (MuonEq)."""
+    sign_momentum: bool = False
+    """Orthogonalise the signs of the momentum (AdaMuon, with normuon_axis="entries" and renormalize)."""
     renormalize: bool = False
     """Give the update the Frobenius norm of an exactly orthogonal matrix (Muon+)."""
     normuon_beta: float | None = None
-    """NorMuon: averaging of the squares of every neuron's update; not set: off. 0.95 is usual."""
-    normuon_axis: Literal["rows", "long"] = "rows"
-    """NorMuon: neurons are rows, or whichever of rows and columns are more."""
+    """Averaging of squares that the update is divided by the root of; not set: off. 0.95 is usual."""
+    normuon_axis: Literal["rows", "long", "entries", "norm", "sum"] = "rows"
+    """What has a square of its own: every row (NorMuon), whichever of rows and columns are more, every entry (AdaMuon), or
+    the gradient of a whole matrix, averaged (norm: NAMO) or added up (sum: AdaGO)."""
+    nuclear_scale: bool = False
+    """Multiply the update by the nuclear norm of the momentum (PolarGrad), usually with scale="none"."""
+    cautious_update: bool = False
+    """Leave out entries of the update that disagree in sign with the gradient (C-Muon)."""
+    mars_gamma: float | None = None
+    """Correct gradients by their change since the last update (MARS); 0.025 is usual; not set: off."""
+    laprop_beta: float | None = None
+    """Divide gradients by the root of their averaged squares before the momentum (LaProp); not set: off. 0.99 is usual."""
+    row_fraction: float | None = None
+    """Orthogonalise only this share of rows at a time, those with most momentum, which is added up, without Nesterov (Dion2)."""
+    fixed_norm: bool = False
+    """Updates are `lr` times as long as the matrix, whose Frobenius norm never changes (MuonHyperball)."""
+    stiefel: bool = False
+    """Orthogonalise matrices again after every update (SPEL), usually with scale="none"."""
+    qk_clip: float | None = None
+    """Scale back query and key weights of heads whose attention logits exceed this (MuonClip); not set: off. 100 is usual."""
     idle: Literal["skip", "fade", "move"] = "skip"
     """Matrices whose whole gradient is zero, such as experts without a token: leave them as they are, let their old momentum
     move them ever less, or at full speed."""
@@ -246,10 +272,8 @@ class MuonOptions(OptimizerOptions):
         check_safe(self.coefficients, self.method, self.dtype)
         if self.scale not in SCALES:
             raise unknown("scale", self.scale, SCALES)
-        for name in ("fallback", "idle", "momentum_dtype", "normuon_axis"):
-            choices = _CHOICES[name]
-            if getattr(self, name) not in choices:
-                raise unknown(name, getattr(self, name), choices)
+        for name, choices in _CHOICES.items():
+            _choice(name, getattr(self, name), choices)
         for name in ("block_size", "max_workspace_bytes", "min_dim"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -265,15 +289,25 @@ class MuonOptions(OptimizerOptions):
         if self.block_period < 0:
             raise InputError(f"block_period must be at least 0, got {self.block_period}")
         _not_negative("block_lr", self.block_lr)
-        if self.block_period and (self.normuon_beta is not None or self.idle == "fade"):
+        if self.block_period and self.momentum_dtype == "int8":
             raise InputError(
-                "block_period changes the matrices from update to update: not with normuon_beta or idle='fade'"
+                "block_period changes the rows that int8 momentum has scales for: use momentum_dtype bfloat16"
             )
         _betas(self.betas)
         _not_negative("eps", self.eps)
         _not_negative("norm_eps", self.norm_eps)
-        if self.normuon_beta is not None:
-            _fraction("normuon_beta", self.normuon_beta)
+        for name in ("normuon_beta", "laprop_beta"):
+            if getattr(self, name) is not None:
+                _fraction(name, getattr(self, name))
+        _not_negative("mars_gamma", self.mars_gamma)
+        if self.qk_clip is not None:
+            _positive("qk_clip", self.qk_clip)
+        if self.row_fraction is not None:
+            if not 0 < self.row_fraction <= 1:
+                raise InputError(f"row_fraction must lie in (0, 1], got {self.row_fraction}")
+            for name in ("sign_momentum", "equilibrate_rows", "nuclear_scale"):
+                if getattr(self, name):
+                    raise InputError(f"row_fraction chooses rows of the momentum as it is: not with {name}")
 
     @classmethod
     def of(cls, convention: str, **given: Any) -> Self:
@@ -288,8 +322,8 @@ class MuonOptions(OptimizerOptions):
 _CHOICES: dict[str, tuple[str, ...]] = {
     "fallback": ("adamw", "lion"),
     "idle": ("skip", "fade", "move"),
-    "momentum_dtype": ("auto", "bfloat16", "float32"),
-    "normuon_axis": ("rows", "long"),
+    "momentum_dtype": ("auto", "bfloat16", "float32", "int8"),
+    "normuon_axis": AXES,
 }
 
 
@@ -306,6 +340,14 @@ class ClassOptions(OptimizerOptions):
         super().__post_init__()
         if "." not in self.class_path:
             raise InputError(f"class_path must be package.module.Name, got {self.class_path!r}")
+        for name, neutral in (("decay_form", "lr"), ("cautious_decay", False), ("skip_nonfinite", False)):
+            if getattr(self, name) != neutral:
+                raise InputError(f"{self.class_path} makes its own updates: {name} has no effect on it")
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise unknown(name, value, choices)
 
 
 def _not_negative(name: str, value: float | None) -> None:

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from muonlab.optim import variants
 from muonlab.optim.coefficients import Iteration
 from muonlab.optim.polar import DTypeName, Method, polar
+from muonlab.optim.variants import Number, Variant, weight, widened
 
 State = Mapping[str, Tensor]
-Number = float | Tensor
+PLAIN = Variant()
 
 
 def muon(
@@ -32,77 +34,81 @@ def muon(
     method: Method = "auto",
     dtype: torch.dtype | DTypeName = "auto",
     norm_eps: float = 0.0,
-    equilibrate_rows: bool = False,
-    renormalize: bool = False,
-    normuon_beta: Number | None = None,
-    normuon_axis: str = "rows",
+    variant: Variant = PLAIN,
 ) -> Tensor:
-    """Orthogonalised momentum of matrices `grad` [..., m, n]; state: `momentum_buffer` like `grad`, for NorMuon `second_moment`.
+    """Orthogonalised momentum of matrices `grad` [..., m, n].
 
-    The update has spectral norm about 1 and is not yet scaled (`scaling.scale_factor`).
-    Source: Keller Jordan, https://kellerjordan.github.io/posts/muon/; the variants name theirs where they are defined.
+    State: `momentum_buffer` like `grad` (int8 with `momentum_scale` [..., m, 1]), and what `variant` needs. The update has
+    spectral norm about 1 and is not yet scaled (`scaling.scale_factor`). Source: Keller Jordan,
+    https://kellerjordan.github.io/posts/muon/; variants name theirs where they are defined.
+    """
+    gradient = grad
+    if variant.mars_gamma is not None:
+        grad = variants.variance_reduced(grad, state["previous_grad"], variant.mars_gamma, momentum)
+    if variant.laprop_beta is not None:
+        grad = variants.divided_by_rms(grad, state["squared_grad"], variant.laprop_beta)
+
+    def orthogonalized(x: Tensor, overwrite: bool = False) -> Tensor:
+        return polar(x, iteration, method, dtype, norm_eps, overwrite=overwrite)
+
+    buffer = state["momentum_buffer"]
+    work = momentum_of(state)
+    if variant.row_fraction is not None:
+        direction = work.add_(grad.to(work.dtype))
+        update = variants.chosen_rows(work, variant.row_fraction, momentum, orthogonalized)
+        keep_momentum(state, work)
+    else:
+        direction = advance_momentum(grad, work, momentum, nesterov=nesterov, heavy_ball=heavy_ball)
+        keep_momentum(state, work)
+        if variant.sign_momentum:
+            direction = direction.sign()
+        if variant.equilibrate_rows:
+            direction = variants.equilibrated_rows(direction)
+        scratch = direction is not buffer and not variant.nuclear_scale and variant.normuon_axis != "norm"
+        update = orthogonalized(direction, overwrite=scratch)
+    if variant.nuclear_scale:  # PolarGrad, https://arxiv.org/abs/2505.21799: the dual norm of the direction
+        update = update * (update * direction).sum((-2, -1), keepdim=True)
+    if variant.renormalize:
+        update = variants.renormalized(update)
+    if variant.normuon_beta is not None:
+        second, beta, axis = state["second_moment"], variant.normuon_beta, variant.normuon_axis
+        if axis in ("norm", "sum"):
+            update = variants.sized_by_gradient(update, second, beta, axis, gradient, direction)
+        else:
+            update = variants.normalized(update, second, beta, axis)
+    return variants.cautious(update, gradient) if variant.cautious_update else update
+
+
+def momentum_of(state: State) -> Tensor:
+    """The momentum at working precision: the buffer itself, or an fp32 copy of one in fewer bits."""
+    buffer = state["momentum_buffer"]
+    return buffer * state["momentum_scale"] if buffer.dtype == torch.int8 else widened(buffer)
+
+
+def keep_momentum(state: State, work: Tensor) -> None:
+    """Stores `work` from `momentum_of` after it was advanced, rounded once; int8 has one scale a row, its largest entry / 127.
+
+    Source of linear 8-bit state for Muon: https://arxiv.org/abs/2509.23106.
     """
     buffer = state["momentum_buffer"]
-    direction = advance_momentum(grad, buffer, momentum, nesterov=nesterov, heavy_ball=heavy_ball)
-    if equilibrate_rows:
-        direction = equilibrated_rows(direction)
-    update = polar(direction, iteration, method, dtype, norm_eps, overwrite=direction is not buffer)
-    if renormalize:
-        update = renormalized(update)
-    if normuon_beta is not None:
-        update = normalized_neurons(update, state["second_moment"], normuon_beta, normuon_axis)
-    return update
+    if buffer.dtype == torch.int8:
+        scale = state["momentum_scale"].copy_(work.abs().amax(-1, keepdim=True) / 127)
+        buffer.copy_((work / torch.where(scale > 0, scale, 1.0)).round_())
+    elif work is not buffer:
+        buffer.copy_(work)
 
 
 def advance_momentum(grad: Tensor, buffer: Tensor, momentum: Number, *, nesterov: bool, heavy_ball: bool) -> Tensor:
     """Advances `buffer` in place and returns the direction to follow (`buffer` itself without Nesterov).
 
-    An exponential moving average, `B = mu B + (1 - mu) G`, or heavy-ball momentum, `B = mu B + G`. A half-precision buffer is
-    advanced in fp32 and rounded once.
+    An exponential moving average, `B = mu B + (1 - mu) G`, or heavy-ball momentum, `B = mu B + G`.
     """
-    work = _widened(buffer)
-    grad = grad.to(work.dtype)
+    grad = grad.to(buffer.dtype)
     if heavy_ball:
-        work.mul_(momentum).add_(grad)
-        direction = grad + work * momentum if nesterov else work
-    else:
-        work.lerp_(grad, _weight(1 - momentum, work))
-        direction = torch.lerp(grad, work, _weight(momentum, work)) if nesterov else work
-    if work is not buffer:
-        buffer.copy_(work)
-    return direction
-
-
-def equilibrated_rows(x: Tensor) -> Tensor:
-    """Every row [..., m, n] at the mean row norm: a better conditioned start. Source: https://arxiv.org/abs/2603.28254."""
-    rows = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # [..., m, 1]
-    mean = torch.linalg.vector_norm(rows, dim=-2, keepdim=True) / math.sqrt(x.shape[-2])
-    result: Tensor = x * (mean / rows.clamp(min=torch.finfo(x.dtype).tiny))
-    return result
-
-
-def renormalized(update: Tensor) -> Tensor:
-    """The Frobenius norm of an exactly semi-orthogonal matrix, sqrt(min(m, n)). Source: https://arxiv.org/abs/2602.21545."""
-    update = _widened(update)
-    norm: Tensor = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True)
-    target = math.sqrt(min(update.shape[-2:]))
-    return update * torch.where(norm > 0, target / norm, 0.0)
-
-
-def normalized_neurons(update: Tensor, second_moment: Tensor, beta: Number, axis: str = "rows") -> Tensor:
-    """NorMuon: rows divided by the root of the running mean of their squares, at an unchanged Frobenius norm.
-
-    `second_moment` [..., m, 1] is advanced in place; with axis "long" the neurons are whichever of rows and columns are more
-    ([..., 1, n] for a wide matrix, as nanochat does). Source: https://arxiv.org/abs/2510.05491.
-    """
-    update = _widened(update)
-    across = -1 if axis == "rows" or update.shape[-2] >= update.shape[-1] else -2
-    squares = update.square().mean(across, keepdim=True).to(second_moment.dtype)
-    second_moment.lerp_(squares, _weight(1 - beta, second_moment))
-    scaled = update * second_moment.clamp(min=1e-10).rsqrt()
-    before: Tensor = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True)
-    after: Tensor = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
-    return scaled * torch.where(after > 0, before / after, 0.0)
+        buffer.mul_(momentum).add_(grad)
+        return grad + buffer * momentum if nesterov else buffer
+    buffer.lerp_(grad, weight(1 - momentum, buffer))
+    return torch.lerp(grad, buffer, weight(momentum, buffer)) if nesterov else buffer
 
 
 def adamw(grad: Tensor, state: State, *, step: Tensor, betas: tuple[Number, Number], eps: Number) -> Tensor:
@@ -113,7 +119,7 @@ def adamw(grad: Tensor, state: State, *, step: Tensor, betas: tuple[Number, Numb
     beta1, beta2 = betas
     mean, square = state["exp_avg"], state["exp_avg_sq"]
     grad = grad.to(mean.dtype)
-    mean.lerp_(grad, _weight(1 - beta1, mean))
+    mean.lerp_(grad, weight(1 - beta1, mean))
     if isinstance(beta2, Tensor):
         square.mul_(beta2).add_((grad * grad).mul_(1 - beta2))
     else:
@@ -135,8 +141,8 @@ def lion(grad: Tensor, state: State, *, betas: tuple[Number, Number]) -> Tensor:
     beta1, beta2 = betas
     mean = state["exp_avg"]
     grad = grad.to(mean.dtype)
-    update = torch.lerp(mean, grad, _weight(1 - beta1, mean)).sign_()
-    mean.lerp_(grad, _weight(1 - beta2, mean))
+    update = torch.lerp(mean, grad, weight(1 - beta1, mean)).sign_()
+    mean.lerp_(grad, weight(1 - beta2, mean))
     return update
 
 
@@ -148,7 +154,7 @@ def sophia(grad: Tensor, state: State, *, betas: tuple[Number, Number], rho: Num
     Source: https://arxiv.org/abs/2305.14342, Algorithm 3.
     """
     mean = state["exp_avg"]
-    mean.lerp_(grad.to(mean.dtype), _weight(1 - betas[0], mean))
+    mean.lerp_(grad.to(mean.dtype), weight(1 - betas[0], mean))
     return (mean / (rho * state["hessian"] + eps)).clamp_(-1, 1)
 
 
@@ -159,12 +165,15 @@ def advance_curvature(hessian: Tensor, sampled_grad: Tensor, *, beta2: Number, t
     Source: https://arxiv.org/abs/2305.14342, Algorithm 2.
     """
     sampled = sampled_grad.to(hessian.dtype)
-    hessian.lerp_(sampled * sampled * tokens, _weight(1 - beta2, hessian))
+    hessian.lerp_(sampled * sampled * tokens, weight(1 - beta2, hessian))
 
 
 def sgd(grad: Tensor, state: State, *, momentum: Number, nesterov: bool) -> Tensor:
     """Heavy-ball momentum as in torch.optim.SGD without dampening; state: `momentum_buffer`."""
-    return advance_momentum(grad, state["momentum_buffer"], momentum, nesterov=nesterov, heavy_ball=True)
+    work = momentum_of(state)
+    direction = advance_momentum(grad, work, momentum, nesterov=nesterov, heavy_ball=True)
+    keep_momentum(state, work)
+    return direction
 
 
 def apply_update_(
@@ -176,7 +185,7 @@ def apply_update_(
     `cautious`: entries that the update pushes away from zero (opposite signs of parameter and update) are not decayed
     (https://arxiv.org/abs/2510.12402). A half-precision parameter is computed in fp32 and rounded once.
     """
-    work = _widened(param)
+    work = widened(param)
     if cautious:
         shrink = torch.where(work * update >= 0, shrink, 0.0)
     if isinstance(shrink, Tensor) or shrink != 0:
@@ -210,12 +219,3 @@ ELEMENTWISE: dict[str, Rule] = {
     "sophia": Rule(update=sophia, state=("exp_avg", "hessian"), options=("betas", "rho", "eps")),
     "sgd": Rule(update=sgd, state=("momentum_buffer",), options=("momentum", "nesterov")),
 }
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _weight(value: Number, like: Tensor) -> Number:
-    """torch.lerp wants a tensor weight in the dtype of its operands."""
-    return value.to(like.dtype) if isinstance(value, Tensor) else value

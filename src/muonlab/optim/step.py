@@ -8,26 +8,17 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from muonlab.optim import rules
+from muonlab.optim import rules, variants
 from muonlab.optim.coefficients import resolve
-from muonlab.optim.polar import CPU_LOOP_ELEMENTS
+from muonlab.optim.polar import CPU_LOOP_ELEMENTS, polar
 from muonlab.optim.scaling import scale_factor
+from muonlab.optim.variants import variant_of
+from muonlab.optim.views import matrices
 
 # Large parameters are worked through in pieces of so many elements: a few of them stay in a CPU's cache; elsewhere they only bound
 # the temporary memory.
 _PIECE_CPU, _PIECE = 1 << 18, 1 << 26
-_RULE_OPTIONS = (
-    "momentum",
-    "nesterov",
-    "heavy_ball",
-    "method",
-    "dtype",
-    "norm_eps",
-    "equilibrate_rows",
-    "renormalize",
-    "normuon_beta",
-    "normuon_axis",
-)
+_RULE_OPTIONS = ("momentum", "nesterov", "heavy_ball", "method", "dtype", "norm_eps")
 
 
 @dataclass(frozen=True)
@@ -37,12 +28,39 @@ class Stack:
     param: Tensor
     grad: Tensor
     state: dict[str, Tensor]
-    """momentum_buffer [k, m, n]; for NorMuon second_moment [k, m, 1] or [k, 1, n]; for idle matrices idle [k, 1, 1]."""
+    """momentum_buffer [k, m, n], and what the options need: tensors like it, or smaller ones with its axes."""
 
     def narrow(self, start: int, length: int) -> "Stack":
         """Matrices `start` to `start + length`."""
         state = {name: value.narrow(0, start, length) for name, value in self.state.items()}
         return Stack(self.param.narrow(0, start, length), self.grad.narrow(0, start, length), state)
+
+
+def flat(parts: Mapping[str, list[Tensor]]) -> list[Stack]:
+    """Stacks [k, m, n], without a copy, of `parts`: name -> the stacks [..., m, n] of parameter, gradient and state tensors."""
+    stacks = []
+    for together in zip(*parts.values()):
+        lead = together[0].ndim - 2
+        if lead == 0:
+            together = tuple(part[None] for part in together)
+        if lead > 1:
+            slices = {name: list(part.unbind(0)) for name, part in zip(parts, together)}
+            stacks += flat(slices)
+            continue
+        state = dict(zip(parts, together))
+        stacks.append(Stack(state.pop("param"), state.pop("grad"), state))
+    return stacks
+
+
+def tiled(stack: Stack, size: int) -> list[Stack]:
+    """The tiles of all matrices of a stack; every tile of a matrix sees that matrix's `idle`."""
+    idle = {"idle": stack.state["idle"].expand_as(stack.param)} if "idle" in stack.state else {}
+    whole = {"param": stack.param, "grad": stack.grad, **stack.state, **idle}
+    tiles = flat({name: matrices(tensor, (("tiles", size),)) for name, tensor in whole.items()})
+    for tile in tiles:
+        if idle:
+            tile.state["idle"] = tile.state["idle"][..., :1, :1]
+    return tiles
 
 
 def chunks(stacks: list[Stack], limit: int) -> Iterator[list[Stack]]:
@@ -87,25 +105,37 @@ def update_matrices(
     params = _gather([stack.param for stack in chunk])
     grads = _gather([stack.grad for stack in chunk])
     state = {name: _gather([stack.state[name] for stack in chunk]) for name in chunk[0].state}
-    before = [value.clone() for value in (params, *state.values())] if keep is not None else []
 
     hyper = {name: group[name] for name in _RULE_OPTIONS}
-    factor = scale_factor(group["scale"], *params.shape[-2:])
-    step_size, shrink = lr * factor, lr * group["weight_decay"] * (factor if group["scaled_decay"] else 1.0)
-    active = _active(grads) if group["idle"] != "move" else None
-    if active is not None and group["idle"] == "skip":
-        # Weight 0 in every average, step 0, decay 0: exactly nothing happens to an idle matrix, without a host sync.
-        hyper["momentum"] = 1 - active * (1 - hyper["momentum"])
-        if hyper["normuon_beta"] is not None:
-            hyper["normuon_beta"] = 1 - active * (1 - hyper["normuon_beta"])
+    hyper["iteration"] = iteration = resolve(group["coefficients"], group["ns_steps"])
+    variant = variant_of(group)
+    factor = 1.0 if group.get("fixed_norm") else scale_factor(group["scale"], *params.shape[-2:])
+    step_size, shrink = lr * factor, decay_of(group, lr) * (factor if group["scaled_decay"] else 1.0)
+    active = _active(grads) if group["idle"] == "skip" else None
+    if active is not None:
         step_size, shrink = step_size * active, shrink * active
+        if variant.rests_at_weight_zero and not {"momentum_scale", "fixed_norm", "stiefel"} & {*state, *group}:
+            # Weight 0 in every average, step 0, decay 0: exactly nothing happens to an idle matrix, without a copy.
+            hyper["momentum"] = 1 - active * (1 - hyper["momentum"])
+            if variant.normuon_beta is not None:
+                variant = variant._replace(normuon_beta=1 - active * (1 - variant.normuon_beta))
+        else:
+            keep = active > 0 if keep is None else keep & (active > 0)
     elif group["idle"] == "fade":
-        idle = state["idle"].add_(1)
-        idle.mul_(0.0 if active is None else 1 - active)
-        step_size = step_size * hyper["momentum"] ** idle if active is not None else step_size
+        step_size = step_size * hyper["momentum"] ** state.pop("idle")
 
-    update = rules.muon(grads, state, iteration=resolve(group["coefficients"], group["ns_steps"]), **hyper)
+    before = [value.clone() for value in (params, *state.values())] if keep is not None else []
+    if group.get("decay_form") == "l2":
+        grads = grads + params * group["weight_decay"]
+    update = rules.muon(grads, state, variant=variant, **hyper)
+    if group.get("fixed_norm"):
+        norm = variants.frobenius(variants.widened(params))
+        update = variants.with_norm(update.to(norm.dtype), norm)
     rules.apply_update_(params, update, step_size=step_size, shrink=shrink, cautious=group["cautious_decay"])
+    if group.get("fixed_norm"):
+        params.copy_(variants.with_norm(variants.widened(params), norm))
+    if group.get("stiefel"):
+        params.copy_(polar(params, iteration, group["method"], group["dtype"]))
 
     for value, old in zip((params, *state.values()), before):
         value.copy_(torch.where(keep, value, old))  # type: ignore[arg-type]  # `before` is empty without `keep`
@@ -113,6 +143,19 @@ def update_matrices(
         _scatter(params, [stack.param for stack in chunk])
         for name, value in state.items():
             _scatter(value, [stack.state[name] for stack in chunk])
+
+
+def decay_of(group: Mapping[str, Any], lr: float | Tensor) -> float | Tensor:
+    """The share of every parameter that one update takes away (see `OptimizerOptions.decay_form`)."""
+    decay: float | Tensor = group["weight_decay"]
+    match group.get("decay_form"):
+        case "independent":
+            return decay
+        case "lr_squared":
+            return lr * lr * decay
+        case "l2":
+            return 0.0
+    return lr * decay
 
 
 def _active(grads: Tensor) -> Tensor | None:
@@ -150,9 +193,10 @@ def update_entries(
     lr = group["lr"]
     for param, grad, *state in pieces:
         before = [value.clone() for value in (param, *state)] if keep is not None else []
+        if group.get("decay_form") == "l2":
+            grad = grad + param * group["weight_decay"]
         update = rule.update(grad, dict(zip(rule.state, state)), **hyper)
-        shrink = lr * group["weight_decay"]
-        rules.apply_update_(param, update, step_size=lr, shrink=shrink, cautious=group["cautious_decay"])
+        rules.apply_update_(param, update, step_size=lr, shrink=decay_of(group, lr), cautious=group["cautious_decay"])
         for value, old in zip((param, *state), before):
             value.copy_(torch.where(keep, value, old))  # type: ignore[arg-type]  # `before` is empty without `keep`
         if stacked:
@@ -162,7 +206,7 @@ def update_entries(
 
 def fits_torchs_adamw(param: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
     """Whether torch's fused CPU kernel computes this update: one pass over memory where the rule makes about eight."""
-    if group["rule"] != "adamw" or group["cautious_decay"] or param.device.type != "cpu":
+    if group["rule"] != "adamw" or group["cautious_decay"] or "decay_form" in group or param.device.type != "cpu":
         return False
     if isinstance(group["lr"], Tensor) or torch.compiler.is_compiling():
         return False
