@@ -13,7 +13,7 @@ from muonlab.errors import InputError
 from muonlab.optim.registry import OPTIMIZERS
 from muonlab.studies import executor
 from muonlab.studies.compare import claimed, compare, delete_comparison, resolve_plan
-from muonlab.studies.plan import labels, make_plan
+from muonlab.studies.plan import labels, make_plan, notices
 from muonlab.training.config import merge
 from muonlab.training.loop import run
 
@@ -177,6 +177,124 @@ def test_names_are_checked_and_twins_get_labels():
         labels(["muon", "adamv"])
     with pytest.raises(InputError, match="two optimizers"):
         labels(["muon"])
+
+
+# --- what may be extended ----------------------------------------------------------------------------------------------
+
+
+def test_the_identity_knows_what_a_comparison_is_about_and_not_how_much_of_it_was_made():
+    first = plan("muon", "adamw")
+    for more in ({"seeds": 5}, {"trials": 9}):
+        assert plan("muon", "adamw", budget={**BUDGET, **more}).identity == first.identity
+    others = [
+        plan("muon", "adamw", budget={**BUDGET, "updates": 41}),
+        plan("muon", "adamw", seed=7),
+        plan("adamw", "muon"),
+        make_plan(["muon", "adamw"], BASE, budget=BUDGET, centers={"muon": 0.1}),
+        make_plan(["muon", "adamw"], BASE, budget=BUDGET, search="sobol"),
+    ]
+    assert len({first.identity, *(other.identity for other in others)}) == 6
+
+
+def test_a_twins_seeds_are_the_same_however_many_there_are():
+    few, many = (plan("muon", "muon", budget={**BUDGET, "seeds": n}) for n in (3, 5))
+    assert many.seeds("muon#2")[:3] == few.seeds("muon#2")
+    assert not set(many.seeds("muon")) & set(many.seeds("muon#2"))
+
+
+def made(directory: Path) -> dict[Path, int]:
+    return {p: p.stat().st_mtime_ns for p in directory.rglob("metrics.json")}
+
+
+def test_more_seeds_and_more_trials_extend_a_comparison_and_repeat_no_run(tmp_path):
+    directory, budget = tmp_path / "study", {"trials": 2, "seeds": 2, "updates": 30}
+    first = compare(plan("muon", "adamw", budget=budget), directory, command="first")
+    before = made(directory)
+    second = compare(plan("muon", "adamw", budget={**budget, "seeds": 3}), directory, command="second")
+    assert {path: made(directory)[path] for path in before} == before
+    assert len(made(directory)) == len(before) + 2
+    assert second["verdicts"][0]["differences"][:2] == first["verdicts"][0]["differences"]
+    assert second["trials"] == first["trials"]
+    assert second["command"] == "second"
+    assert second["wall_seconds"] > first["wall_seconds"]
+    before = made(directory)
+    third = compare(plan("muon", "adamw", budget={**budget, "seeds": 3, "trials": 3}), directory)
+    assert {path: made(directory)[path] for path in before} == before
+    assert third["budget"]["spent"]["muon"]["trials"] == 3
+    for name, chosen in third["chosen"].items():  # the choice was made again, over all trials
+        losses = [t["tune_cross_entropy"] for t in third["trials"] if t["optimizer"] == name]
+        assert losses[chosen["trial"]] == min(losses)
+    # and the looks that were had are told, also when nothing is left to do
+    again = compare(plan("muon", "adamw", budget={**budget, "seeds": 3, "trials": 3}), directory, command="again")
+    for summary in (third, again):
+        assert [(look["trials"], look["seeds"]) for look in summary["looks"]] == [(2, 2), (2, 3), (3, 3)]
+        assert sum("extended after a verdict was seen" in flag for flag in summary["flags"]) == 1
+    assert again["command"] == third["command"]
+    assert not any("extended" in flag for flag in first["flags"])
+
+
+def test_fewer_seeds_than_a_verdict_was_made_of_are_refused(muon_against_adamw):
+    directory, _ = muon_against_adamw
+    with pytest.raises(InputError, match="judged with 3 seeds; a comparison can be extended, not cut"):
+        compare(plan("muon", "adamw", budget={**BUDGET, "seeds": 2}), directory)
+
+
+# --- other searches, other optimizers ---------------------------------------------------------------------------------
+
+
+def test_halving_judges_on_the_first_updates_of_the_run_of_full_length_and_counts_them_all(tmp_path):
+    budget = {"trials": 3, "seeds": 2, "updates": 27}
+    summary = compare(make_plan(["muon", "adamw"], BASE, budget=budget, search="halving"), tmp_path / "halving")
+    rungs = [(rung["updates"], rung["trials"]) for rung in summary["budget"]["rungs"]]
+    assert [updates for updates, _ in rungs] == [3, 9, 27]
+    spent = summary["budget"]["spent"]
+    assert spent["muon"]["updates"] == spent["adamw"]["updates"] == sum(a * b for a, b in rungs) <= 81
+    assert {t["updates"] for t in summary["trials"]} == {27}
+    assert {t["updates"] for t in summary["stopped_early"]} == {3, 9}
+    assert len(summary["stopped_early"]) + len(summary["trials"]) == 2 * sum(count for _, count in rungs)
+    chosen = summary["trials"][0]
+    short = next(t for t in summary["stopped_early"] if t["updates"] == 9 and t["values"] == chosen["values"])
+
+    def curve(trial):
+        rows = json.loads((tmp_path / "halving" / trial["directory"] / "metrics.json").read_text())["history"]["train"]
+        return [(row["loss"], row["lr"]) for row in rows]
+
+    assert curve(short) == curve(chosen)[:9], "not the same run, stopped early"
+
+
+def test_a_class_is_compared_by_its_import_path(tmp_path):
+    small = plan("torch.optim.NAdam", "adamw", budget={"trials": 2, "seeds": 2, "updates": 20})
+    (notice,) = notices(small)
+    assert "begins at AdamW's 0.0025 (--lr-center torch.optim.NAdam=LR" in notice
+    assert not notices(make_plan(["torch.optim.NAdam", "adamw"], BASE, centers={"torch.optim.NAdam": 0.001}))
+    summary = compare(small, tmp_path / "nadam")
+    assert summary["optimizers"] == ["torch.optim.NAdam", "adamw"]
+    first = summary["trials"][0]
+    config = json.loads((tmp_path / "nadam" / first["directory"] / "metrics.json").read_text())["config"]
+    assert config["optimizer"]["class_path"] == "torch.optim.NAdam"
+    assert config["optimizer"]["weight_decay"] == 0.0
+    assert first["values"]["lr"] == pytest.approx(0.0025)
+    assert summary["gate"]["passed"]["adamw"]
+
+
+def test_an_optimizer_with_fewer_knobs_is_flagged(tmp_path):
+    small = plan("torch.optim.Adagrad", "adamw", budget={"trials": 1, "seeds": 1, "updates": 2})
+    flags = compare(small, tmp_path / "adagrad")["flags"]
+    assert any(flag.startswith("torch.optim.Adagrad: has no momentum") for flag in flags)
+
+
+def test_every_strategy_makes_a_comparison_of_real_runs(tmp_path):
+    for name in ("grid", "sobol", "halton"):
+        tiny = make_plan(["muon", "adamw"], BASE, budget={"trials": 2, "seeds": 1, "updates": 3}, search=name)
+        summary = compare(tiny, tmp_path / name)
+        assert summary["budget"]["search"] == name
+        assert {n: spent["trials"] for n, spent in summary["budget"]["spent"].items()} == {"muon": 2, "adamw": 2}
+        assert len(summary["budget"]["knobs"]["muon"]) == (1 if name == "grid" else 4)
+
+
+def test_a_misspelt_search_is_refused_before_anything_is_made():
+    with pytest.raises(InputError, match="did you mean 'halving'"):
+        make_plan(["muon", "adamw"], BASE, search="halvin")
 
 
 @pytest.mark.slow

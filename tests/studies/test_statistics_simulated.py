@@ -125,6 +125,20 @@ def test_noise_that_is_not_normal_makes_no_more_false_verdicts(draw):
     assert share(studies(600, flat, "muon", "adamw", seed=14, seeds=5, noise=noise, trials=3), told_apart) <= 0.06
 
 
+def test_an_optimizer_with_one_diverged_seed_is_judged_by_what_the_others_learned():
+    seen = []
+
+    def once(rng):
+        seen.append(None)
+        return math.inf if len(seen) == 12 else 0.0  # the second of the three seeds that come after 2 x 5 trials
+
+    ((summary, _),) = studies(1, lambda name, options: 3.5 + (name == "adamw"), "muon", "adamw", seed=17, noise=once)
+    assert [final["status"] for final in summary["finals"]].count("diverged") == 1
+    assert summary["gate"]["passed"] == {"muon": True, "adamw": True}
+    (verdict,) = summary["verdicts"]
+    assert verdict["verdict"] == "not distinguishable", "better by a nat on two seeds, but it cannot win"
+
+
 @pytest.mark.slow
 def test_a_true_difference_of_the_detectable_size_is_found_in_8_of_10_studies():
     def apart(name, options):
