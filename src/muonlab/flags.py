@@ -31,6 +31,9 @@ ALIASES = {
 }
 """Short flags, and those of seed 004, for typed ones of the configuration."""
 
+MODEL_ALIASES = {"qwen": "qwen-385m"}
+"""Models by the names that seed 004 gives them."""
+
 
 def read_overrides(config: RunConfig[Any], words: Sequence[str]) -> dict[str, Any]:
     """The nested values that typed flags change (`--optimizer.lr 0.1`), read by tyro against the run's own types.

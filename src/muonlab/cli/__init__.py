@@ -112,6 +112,18 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--optimizer", metavar="NAME", help="a registered optimizer")
     add_run_flags(train)
+    train.add_argument("--tracker", metavar="NAME", help="also send the run to tensorboard, trackio or wandb")
+    train.add_argument("--project", default="muonlab", help="the tracker's project")
+    train.add_argument("--wandb-project", "--wandb_project", metavar="NAME", help="--tracker wandb --project NAME")
+    train.add_argument(
+        "--upload-checkpoints",
+        "--upload_checkpoints",
+        nargs="?",
+        const="true",
+        default="false",
+        choices=["true", "false", "True", "False"],
+        help="give wandb the finished model",
+    )
     train.add_argument("--allow-version-change", action="store_true", help="resume a run that other code began")
 
     compare = add(

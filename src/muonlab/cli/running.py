@@ -1,8 +1,9 @@
 """Commands that train: one run, a comparison, a study."""
 
+import contextlib
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from muonlab.errors import InputError
 def cmd_train(options: Any) -> int:
     from rich.console import Console
 
-    from muonlab.flags import read_overrides
+    from muonlab.flags import MODEL_ALIASES, read_overrides
     from muonlab.report import write_run
     from muonlab.report.live import RunProgress, clock
     from muonlab.training.config import as_tables, from_dict, merge, read_toml
@@ -21,7 +22,7 @@ def cmd_train(options: Any) -> int:
 
     file = options.names[0] if options.names else None
     values = read_toml(file) if file else {}
-    named = {"model": options.model, "optimizer": options.optimizer}
+    named = {"model": MODEL_ALIASES.get(options.model, options.model), "optimizer": options.optimizer}
     values = merge(as_tables(values), as_tables({key: value for key, value in named.items() if value is not None}))
     config = from_dict(values, file or "configuration")
     config = from_dict(merge(values, read_overrides(config, options.rest)))
@@ -33,14 +34,19 @@ def cmd_train(options: Any) -> int:
         return 0
     console = Console()
     progress = RunProgress(config.training.updates, console, options.quiet)
-    with interruptible() as stop:
+    with interruptible() as stop, _tracking(options, config) as track:
+
+        def follow(row: dict[str, Any]) -> None:
+            progress(row)
+            track(row)
+
         metrics = run(
             config,
             directory=options.output,
             allow_version_change=options.allow_version_change,
             fallback=not file and not names_corpus(options.rest),
             progress=not options.quiet,
-            on_event=progress,
+            on_event=follow,
             should_stop=stop.is_set,
         )
     directory = Path(metrics["directory"])
@@ -60,6 +66,18 @@ def cmd_train(options: Any) -> int:
     if metrics["status"] == "interrupted":
         return 130
     return 0 if metrics["status"] == "finished" else 1
+
+
+def _tracking(options: Any, config: Any) -> contextlib.AbstractContextManager[Callable[[dict[str, Any]], None]]:
+    from muonlab.training.trackers import tracker
+
+    name = options.tracker or ("wandb" if options.wandb_project else None)
+    if name is None:
+        if options.upload_checkpoints.lower() == "true":
+            raise InputError("--upload-checkpoints needs a tracker to upload to: --wandb-project NAME")
+        return contextlib.nullcontext(lambda row: None)
+    project = options.wandb_project or options.project
+    return tracker(name, project, config.to_dict(), options.upload_checkpoints.lower() == "true")
 
 
 def cmd_compare(options: Any) -> int:

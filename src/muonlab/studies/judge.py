@@ -11,7 +11,7 @@ from typing import Any
 from muonlab.errors import InputError
 from muonlab.studies.curves import lr_optimum, lr_tolerance, median_to_target, to_target
 from muonlab.studies.records import Records, read_records
-from muonlab.studies.statistics import compare_paired, holm, noise_floor, t_interval
+from muonlab.studies.statistics import compare_family, noise_floor, t_interval
 from muonlab.training.tracking import write_json
 
 PLAN = "study.json"
@@ -164,26 +164,17 @@ def _losses(cell: Mapping[str, Any], key: str = "report_cross_entropy") -> Losse
 def _contrasts(reference: str | None, losses: Mapping[str, Losses]) -> list[dict[str, Any]]:
     if reference is None:
         return []
-    return _family([(cell, reference, losses[cell], losses[reference]) for cell in losses if cell != reference])
+    others = {cell: values for cell, values in losses.items() if cell != reference}
+    return _family(others, reference, losses[reference])
 
 
-def _family(pairs: Sequence[tuple[str, str, Losses, Losses]]) -> list[dict[str, Any]]:
-    """Paired comparisons judged together: a verdict stands only if it survives Holm's correction over all of them."""
-    pairs = [pair for pair in pairs if set(pair[2]) & set(pair[3])]
-    results = [compare_paired(ours, theirs, confidence=CONFIDENCE) for _, _, ours, theirs in pairs]
-    adjusted = holm([result.p_value if math.isfinite(result.p_value) else 1.0 for result in results])
-    found = []
-    for (candidate, reference, _, _), result, p in zip(pairs, results, adjusted, strict=True):
-        entry = {"candidate": candidate, "reference": reference, **result.to_dict(), "holm": p}
-        entry["alone"] = entry["verdict"]
-        entry["sentence"] = result.sentence(candidate, reference)
-        if result.verdict != "not distinguishable" and math.isfinite(result.p_value) and p > 1 - CONFIDENCE:
-            entry["verdict"] = "not distinguishable"
-            entry["sentence"] += (
-                f"; alone it would count, among {len(results)} comparisons it does not (Holm p = {p:.3f})"
-            )
-        found.append(entry)
-    return found
+def _family(candidates: Mapping[str, Losses], reference: str, theirs: Losses) -> list[dict[str, Any]]:
+    """Paired comparisons judged together, of the candidates that share a seed with the reference."""
+    common = {name: ours for name, ours in candidates.items() if set(ours) & set(theirs)}
+    return [
+        {"candidate": name, "reference": reference, **result.to_dict(), "sentence": result.sentence(name, reference)}
+        for name, result in compare_family(common, theirs, confidence=CONFIDENCE).items()
+    ]
 
 
 def _group_contrasts(
@@ -207,7 +198,7 @@ def _group_contrasts(
     rest = {
         group: {seed: loss for seed, loss in losses[name].items() if seed != seeds[0]} for group, name in chosen.items()
     }
-    found = _family([(group, named, rest[group], rest[named]) for group in groups if group != named])
+    found = _family({group: rest[group] for group in groups if group != named}, named, rest[named])
     return [{**entry, "chosen": {g: chosen[g] for g in (entry["candidate"], named)}} for entry in found]
 
 
