@@ -22,7 +22,7 @@ INTRODUCTION = f"""Every claim of the five documents that this project starts fr
 
     {{command}}
 
-Nobody writes a verdict by hand: it is computed from the summaries of study folders, or from the source's own numbers (arithmetic). An edit of this page is lost.
+Nobody writes a verdict by hand: it is computed from the summaries of study folders, or from the source's own numbers (*arithmetic*: that a number follows from a table says nothing about the table). An edit of this page is lost.
 
 **How a verdict is made.** A claim says where an effect lies: below zero ("better"), at most 0.93 times ("7 % lower"), within a band around zero ("no difference"). Runs of both sides are paired by seed, and Student's 95 % interval of the effect decides. The claim *holds* if the whole interval lies where the claim says, it *does not hold* if the whole interval lies elsewhere, and otherwise the runs are *not distinguishable*. A claim of equality must name its band; it holds after two one-sided tests, each at 2.5 %. A claim that one cell is best holds if it beats every other cell. Where the claim speaks of a best setting, the setting is chosen on the first seed and judged on the others. One seed has no error bar: *not yet decidable*. *Cannot be decided* comes with its reason.
 
@@ -93,11 +93,13 @@ def _claim(row: Judged) -> str:
 
 
 def _label(row: Judged) -> str:
+    if row.claim.statistic.kind == "arithmetic":
+        return " (arithmetic)"
     return f" ({row.scale} scale)" if row.scale not in (None, FULL) else ""
 
 
 def _verdict(row: Judged) -> str:
-    return f"**{row.verdict}**{_escape(_label(row))}"
+    return f"**{row.verdict}** {_escape(_label(row))}".rstrip()
 
 
 def _effect(row: Judged) -> str:

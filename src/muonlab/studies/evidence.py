@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,15 @@ MEASURES: dict[str, tuple[str, float | None]] = {
     "plateaus": ("plateaus", None),
 }
 """Measure -> (key of a run in the summary, what a diverged run counts as; None: it has no value)."""
+
+ALIKE = {
+    ("config", "model"): "models",
+    ("config", "data"): "data options",
+    ("data", "checksum"): "text",
+    ("config", "training", "micro_batch_size"): "micro-batches",
+    ("config", "training", "accumulation"): "accumulation",
+}
+"""What cells of two studies must have in common to be compared: path in the summary's setting -> in words."""
 
 
 class RunResult(BaseModel):
@@ -156,7 +165,6 @@ class Evidence:
     studies: dict[str, StudySummary]
     own: str
     """The study that a pattern without a study's name speaks of."""
-    alike: tuple[str, ...] = field(default=("model", "data"))
 
     def match(self, patterns: Sequence[str], exclude: Sequence[Sequence[str]] = ()) -> list[CellResult]:
         """Cells that the patterns name, in the order of the study, without those that earlier patterns took."""
@@ -182,13 +190,11 @@ class Evidence:
         """Why cells of these studies must not be set against each other; empty if they may."""
         first, *others = self.studies.values()
         for other in others:
-            for key in self.alike:
-                if _get(first.setting, "config", key) != _get(other.setting, "config", key):
-                    return f"{first.name} and {other.name} were run with different {key} options"
-            if _get(first.setting, "data", "checksum") != _get(other.setting, "data", "checksum"):
-                return f"{first.name} and {other.name} were run on different text"
+            for path, what in ALIKE.items():
+                if _get(first.setting, *path) != _get(other.setting, *path):
+                    return f"{first.name} and {other.name} were run with different {what}"
             if _updates(first) != _updates(other):
-                return f"{first.name} and {other.name} were run for different numbers of updates"
+                return f"{first.name} and {other.name} were run with different numbers of updates"
         return ""
 
 

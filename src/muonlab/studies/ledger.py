@@ -248,7 +248,9 @@ def _model(kind: type[Any], values: dict[str, Any], where: str) -> Any:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = min(
+            error.errors(), key=lambda found: found["type"] != "extra_forbidden"
+        )  # a misspelt key explains a missing one
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, InputError):
             raise InputError(f"{where}: {cause}") from None
