@@ -279,6 +279,8 @@ def test_a_class_has_the_knobs_of_its_constructor_and_its_own_defaults():
     nadam = Point("x", 0.1, momentum=0.8).options("torch.optim.NAdam")
     assert nadam["arguments"] == {"betas": [0.8, 0.999]}
     assert nadam["weight_decay"] == 0.0, "NAdam adds the decay to the gradient: the lab's 0.1 would be far too much"
+    tuned = Point("x", 0.1, weight_decay=0.1).options("torch.optim.NAdam")
+    assert tuned["arguments"] == {"decoupled_weight_decay": True}, "where decay is a knob, it is the same knob"
     assert Point("x", 0.1).options("torch.optim.AdamW")["weight_decay"] == 0.01
     assert Point("x", 0.1, momentum=0.8).options("torch.optim.SGD")["arguments"] == {"momentum": 0.8}
     assert all(p.momentum is None for p in spend(Sobol("torch.optim.Adagrad", 8), valley(0.01)))

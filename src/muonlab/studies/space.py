@@ -138,6 +138,8 @@ def _class_options(class_path: str, point: Point, values: dict[str, Any]) -> dic
         default = has.get("weight_decay", 0.0)
         values["weight_decay"] = float(default) if isinstance(default, int | float) else 0.0
     arguments: dict[str, Any] = {}
+    if point.weight_decay is not None and "decoupled_weight_decay" in has:
+        arguments["decoupled_weight_decay"] = True  # so that the knob means the same as elsewhere
     if point.momentum is not None and "betas" in has:
         arguments["betas"] = [point.momentum, *list(has["betas"])[1:]]
     elif point.momentum is not None:
