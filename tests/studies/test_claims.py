@@ -1,8 +1,7 @@
-"""The claims ledger: verdicts against hand-made summaries whose answers are known, bad ledgers, and the real ledger."""
+"""The claims ledger: verdicts against hand-made summaries whose answers are known, and the page."""
 
 import json
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from muonlab.errors import InputError
 from muonlab.report.claims import page, write_page
 from muonlab.studies.claims import Judged, judge
 from muonlab.studies.evidence import SUMMARY
-from muonlab.studies.ledger import KINDS, read_ledger
-from muonlab.studies.verdicts import VERDICTS, decide, evaluate
+from muonlab.studies.ledger import read_ledger
+from muonlab.studies.verdicts import VERDICTS
 
 DOCS = Path(__file__).parents[2] / "docs"
 BASE = '[base]\nmodel = "micro"\n'
@@ -61,11 +60,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def ledger_file(folder: Path, *statistics: str, study: str = "toy", extra: str = "") -> Path:
+def ledger_file(folder: Path, *statistics: str, study: str = "toy") -> Path:
     rows = "".join(
         f'[[claims]]\nid = "S0-{i:02d}"\nclaim = "c"\nwhere = "w"\nstatistic = {statistic}\n'
         + ("" if '"none"' in statistic or '"arithmetic"' in statistic else f'study = "{study}"\nevidence = "micro"\n')
-        + extra
         for i, statistic in enumerate(statistics, 1)
     )
     path = folder / "claims.toml"
@@ -110,30 +108,6 @@ def verdict(folder: Path, statistic: str, losses: dict[str, Values], study: str 
 
 
 LOWER = '{ kind = "difference", candidate = "a", reference = "b", direction = "lower" }'
-
-
-# --- the test of a region ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("region", [(-math.inf, 0.0), (0.0, math.inf), (-0.05, 0.05), (-math.inf, -0.1)])
-@pytest.mark.parametrize("shift", [-0.3, -0.12, -0.05, 0.0, 0.02, 0.3])
-@pytest.mark.parametrize("spread", [0.001, 0.02, 0.2])
-def test_a_claim_is_decided_exactly_when_the_95_percent_interval_lies_inside_or_outside(
-    region: tuple[float, float], shift: float, spread: float
-) -> None:
-    values = [shift - spread, shift + 0.3 * spread, shift + 0.9 * spread, shift]
-    low, high = stats.t.interval(0.95, 3, loc=sum(values) / 4, scale=stats.sem(values))
-    expected = "not distinguishable"
-    if region[0] <= low and high <= region[1]:
-        expected = "holds"
-    elif high < region[0] or low > region[1]:
-        expected = "does not hold"
-    assert decide(values, region).verdict == expected
-
-
-def test_the_p_value_of_a_direction_is_the_two_sided_paired_t_test() -> None:
-    values = [-0.1, -0.02, 0.03, -0.05]
-    assert decide(values, (-math.inf, 0.0)).p == pytest.approx(stats.ttest_1samp(values, 0.0).pvalue)
 
 
 # --- kinds and verdicts --------------------------------------------------------------------------------------------
@@ -356,58 +330,6 @@ def test_cells_of_two_studies_are_compared_only_if_the_studies_agree(folder: Pat
     assert "models" in row.finding.reason
 
 
-# --- bad input -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("statistic", "extra", "says"),
-    [
-        (LOWER.replace("candidate", "candidat"), "", "did you mean 'candidate'"),
-        (LOWER.replace('"difference"', '"diference"'), "", "did you mean 'difference'"),
-        (LOWER.replace('"a"', '"aa*"'), "", "unknown cell of toy 'aa*'"),
-        (LOWER.replace('"lower"', '"down"'), "", "direction"),
-        (LOWER, 'version = "corected"\n', "did you mean 'corrected'"),
-        (LOWER, 'wher = "x"\n', "did you mean 'where'"),
-        ('{ kind = "optimum", axis = "lr", between = [1, 2] }', "", "lie on no axis"),
-        ('{ kind = "ratio", candidate = "a", reference = "b", between = [2, 1] }', "", "must be the smaller"),
-        ('{ kind = "equal", candidate = "a", reference = "b", within = 0 }', "", "within"),
-        ('{ kind = "arithmetic", expression = "__import__(1)", claimed = 1 }', "", "may hold numbers"),
-        ('{ kind = "none", reason = "" }', "", "reason"),
-        ('{ kind = "none", reason = "x" }', 'study = "toy"\n', "takes no study"),
-    ],
-)
-def test_a_bad_row_is_one_line_that_names_it(folder: Path, statistic: str, extra: str, says: str) -> None:
-    with pytest.raises(InputError) as error:
-        read_ledger(ledger_file(folder, statistic, extra=extra))
-    assert says in str(error.value)
-    assert "S0-01" in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_an_unknown_study_suggests_the_nearest(folder: Path) -> None:
-    with pytest.raises(InputError, match="did you mean 'toy'"):
-        read_ledger(ledger_file(folder, LOWER, study="toyy"))
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [("schema = 2", "schema = 1"), ("x = ", "not valid TOML"), ("schema = 1\nclaim = 1", "did you mean 'claims'")],
-)
-def test_a_bad_ledger_file_is_one_line(tmp_path: Path, text: str, says: str) -> None:
-    (tmp_path / "l.toml").write_text(text)
-    with pytest.raises(InputError, match=says):
-        read_ledger(tmp_path / "l.toml")
-    with pytest.raises(InputError, match="no ledger"):
-        read_ledger(tmp_path / "nothing.toml")
-
-
-def test_two_claims_of_one_name_are_refused(folder: Path) -> None:
-    path = ledger_file(folder, LOWER, LOWER)
-    path.write_text(path.read_text().replace("S0-02", "S0-01"))
-    with pytest.raises(InputError, match="two claims"):
-        read_ledger(path)
-
-
 def test_bad_evidence_is_one_line(folder: Path) -> None:
     ledger = read_ledger(ledger_file(folder, LOWER))
     runs = summary_folder(folder, {"a": [3.0]})
@@ -426,12 +348,6 @@ def test_bad_evidence_is_one_line(folder: Path) -> None:
     summary_folder(folder, {"a": [3.0]})
     with pytest.raises(InputError, match="same study"):
         judge(ledger, [runs, copy])
-
-
-@pytest.mark.parametrize("expression", ["x", "1/0", "'a'", "1 +", "(1).real", "exp(1e9)", "max"])
-def test_an_expression_holds_numbers_only(expression: str) -> None:
-    with pytest.raises(InputError):
-        evaluate(expression)
 
 
 # --- the page ------------------------------------------------------------------------------------------------------
@@ -468,22 +384,6 @@ def test_the_command_prints_the_table_and_writes_the_page_beside_the_ledger(
 
 
 # --- the real ledger -----------------------------------------------------------------------------------------------
-
-
-def test_the_ledger_of_the_seeds_is_valid_and_complete() -> None:
-    ledger = read_ledger(DOCS / "claims.toml")  # checks that studies, versions, cells and axes exist
-    assert Counter(claim.seed for claim in ledger.claims) == {"000": 54, "001": 69, "002": 29, "003": 37, "004": 20}
-    assert {claim.statistic.kind for claim in ledger.claims} == set(KINDS)
-    for seed in ledger.seeds:
-        numbers = [int(claim.id[3:]) for claim in ledger.claims if claim.seed == seed]
-        assert numbers == list(range(1, len(numbers) + 1))
-
-
-def test_every_known_contradiction_of_the_seeds_has_a_row() -> None:
-    text = (DOCS / "claims.toml").read_text()
-    assert [
-        i for i in range(1, 12) if f"contradiction C{i}" not in text.replace("Contradiction", "contradiction")
-    ] == []
 
 
 def test_without_runs_the_real_ledger_has_only_verdicts_that_need_none() -> None:
