@@ -142,6 +142,8 @@ class Attention(nn.Module):
         else:
             self.query, self.key, self.value = (nn.Linear(d, width, bias=bias) for width in self.widths)
         self.output = nn.Linear(d, d, bias=False)
+        self.logit_meter: nn.Module | None = None
+        """Called with queries, keys and mask in training once an optimizer has put one here (QK-clip)."""
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         """x [B, T, d] -> [B, T, d]; cos and sin [T, head_dim]; mask [B, 1, T, T] bool, or None for plainly causal."""
@@ -153,10 +155,13 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (-1, options.head_dim)) for y in projections)  # [B, T, heads, head_dim]
         if options.qk_norm:
             q, k = rms_norm(q, None, options.norm_eps), rms_norm(k, None, options.norm_eps)
+        q, k, v = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
+        if self.logit_meter is not None and self.training:
+            self.logit_meter(q, k, mask)
         y = F.scaled_dot_product_attention(
-            rotate(q, cos, sin).transpose(1, 2),
-            rotate(k, cos, sin).transpose(1, 2),
-            v.transpose(1, 2),
+            q,
+            k,
+            v,
             attn_mask=mask,
             is_causal=mask is None,
             dropout_p=options.dropout if self.training else 0.0,
@@ -164,6 +169,15 @@ class Attention(nn.Module):
         )
         out: Tensor = self.output(y.transpose(1, 2).flatten(2))
         return out
+
+    def query_key(self) -> tuple[list[Tensor], list[Tensor], int] | None:
+        """Weight and bias of queries, those of keys, and the number of query heads; None where both are normalised."""
+        if self.options.qk_norm:
+            return None
+        if self.options.fused_qkv:
+            parts = [torch.split(p, self.widths) for p in self.qkv.parameters()]
+            return [part[0] for part in parts], [part[1] for part in parts], self.options.n_heads
+        return list(self.query.parameters()), list(self.key.parameters()), self.options.n_heads
 
 
 class RMSNorm(nn.Module):

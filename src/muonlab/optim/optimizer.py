@@ -16,6 +16,7 @@ from muonlab.errors import InputError
 from muonlab.optim import kernels, rules
 from muonlab.optim.groups import plan
 from muonlab.optim.options import OptimizerOptions
+from muonlab.optim.qk_clip import MeteredAttention, clip_attention_, metered
 from muonlab.optim.routing import RoutingTable, table_of
 from muonlab.optim.step import (
     Stack,
@@ -59,6 +60,12 @@ class HybridOptimizer(torch.optim.Optimizer):
         self._options, self._rules = options, (hidden_rule, rule)
         groups = plan(params, options, hidden_rule, rule, lr)
         super().__init__(groups, {"lr": options.lr if lr is None else lr, "weight_decay": options.weight_decay})
+        self._attention: list[MeteredAttention] = []
+        self._qk_clip: float | None = getattr(options, "qk_clip", None)
+        if self._qk_clip is not None:
+            if not isinstance(params, nn.Module):
+                raise InputError("qk_clip has to find the attention: give the optimizer the model, not its parameters")
+            self._attention = metered(params)
 
     def routing(self) -> RoutingTable:
         """Which rule updates which parameter, with what learning rate, decay and scale: `.rows`, or print it."""
@@ -95,6 +102,8 @@ class HybridOptimizer(torch.optim.Optimizer):
                 self._step_matrices(group, params, keep)
             elif params:
                 self._step_entries(group, params, keep)
+        if self._qk_clip is not None:
+            clip_attention_(self._attention, self._qk_clip, keep)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -120,7 +129,8 @@ class HybridOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps only its own three attributes when an optimizer is pickled or deep-copied.
-        return {**super().__getstate__(), "_options": self._options, "_rules": self._rules}
+        own = ("_options", "_rules", "_attention", "_qk_clip")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
