@@ -175,7 +175,7 @@ def cmd_study(options: Any) -> int:
     if not options.names:
         if not options.listing:
             raise InputError("name a study, as in muonlab study exp9; --list shows all")
-        print_library(library())
+        print_library(library(), options.scale)
         return 0
     if options.all and (options.quick or options.only):
         raise InputError("--all runs every cell; leave out --quick and --only")
@@ -234,17 +234,18 @@ def _run_study(study: Any, options: Any) -> int:
     return 0 if all(run["status"] == "finished" for cell in summary["cells"] for run in cell["runs"]) else 1
 
 
-def print_library(studies: Mapping[str, Path]) -> None:
-    """Every packaged study in a line: what it costs, what it asks."""
+def print_library(studies: Mapping[str, Path], scale: str) -> None:
+    """Every packaged study: what it asks, and what it costs at the scale."""
     from muonlab.studies.format import read_file
-    from muonlab.studies.study import read_study
+    from muonlab.studies.study import FULL, read_study
 
     for name in studies:
-        study = read_study(name)
-        print(f"{name:20s} {len(study.cells):3d} cells  {cost(study)}  {study.title}")
         file = read_file(name)[1]
-        readings = f"versions: {', '.join(file.versions)}; " if file.versions else ""
-        print(f"{'':20s} {readings}scales: {', '.join(['full', *file.scales])}")
+        study = read_study(name, scale=scale if scale in file.scales else FULL)
+        print(f"{name:18s} {file.title}")
+        readings = f"versions {', '.join(file.versions)}; " if file.versions else ""
+        print(f"{'':18s} {len(study.cells)} cells, {cost(study)} at scale {study.scale}")
+        print(f"{'':18s} {readings}scales {', '.join([FULL, *file.scales])}")
 
 
 def print_study_plan(study: Any, runs: bool) -> None:
@@ -253,13 +254,14 @@ def print_study_plan(study: Any, runs: bool) -> None:
         published = "".join(f"  published {key} {value:g}" for key, value in (cell.published or {}).items())
         seeds = f"  seeds {', '.join(map(str, study.seeds))}" if runs else ""
         print(f"{cell.name:40s} {cell.group:12s} {cell.config.training.updates} updates{seeds}{published}")
-    print(f"{study.title}: {study.runs} runs, {cost(study)}")
+    print(f"{study.title}: {cost(study)}")
 
 
 def cost(study: Any) -> str:
-    from muonlab.studies.study import flops
+    from muonlab.report.live import clock
+    from muonlab.studies.cost import study_flops, study_seconds
 
-    return f"{study.runs:3d} runs  {flops(study):.1e} FLOPs"
+    return f"{study.runs} runs, {study_flops(study):.1e} FLOPs, about {clock(study_seconds(study))} here"
 
 
 def names_corpus(words: Sequence[str]) -> bool:

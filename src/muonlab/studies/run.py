@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from muonlab.errors import InputError
+from muonlab.studies.cost import remember_rate
 from muonlab.studies.executor import Executor, Job, OnProgress
 from muonlab.studies.judge import PLAN, judge, read_plan
 from muonlab.studies.records import read_records
 from muonlab.studies.study import Study, slug
-from muonlab.training.config import replace, run_id
+from muonlab.training.config import RunConfig, replace, run_id
 from muonlab.training.loop import resolve
 from muonlab.training.tracking import write_json
 
@@ -124,13 +125,16 @@ def run_study(
     known = read_records(directory).runs
     done = {name for name, record in known.items() if record["status"] in ("finished", "diverged")}
     failures: dict[str, str] = {}
+    made: list[tuple[dict[str, Any], RunConfig[Any]]] = []
     with Executor(workers, on_progress, should_stop) as executor:
         for job in planned.jobs:
             if str(job.directory.relative_to(directory)) not in done:
                 executor.submit(job)
         for job, outcome in executor.results():
+            made.append((outcome, job.config))
             if outcome["status"] == "failed":
                 failures[str(job.directory.relative_to(directory))] = outcome["message"]
+    remember_rate(made, workers)
     if failures:
         write_json(directory / PLAN, {**values, "failures": failures})
     return judge(directory)

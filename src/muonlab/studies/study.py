@@ -5,17 +5,15 @@ import fnmatch
 import hashlib
 import itertools
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from muonlab.diagnostics.flops import token_flops
 from muonlab.errors import InputError, unknown
 from muonlab.studies.format import AxisTable, Case, Layer, StudyFile, lay, read_file
-from muonlab.training.config import RunConfig, as_tables, from_dict, merge, optimizer_name, replace, with_vocabulary
+from muonlab.training.config import RunConfig, as_tables, from_dict, merge, optimizer_name, replace
 
 FULL = "full"
 """The scale of the file's own base."""
@@ -246,13 +244,3 @@ def _select(cells: list[Cell], patterns: Sequence[str], name: str) -> list[Cell]
             raise InputError(f"{name}: {unknown('cell', pattern, known)}")
         chosen.update(found)
     return [cell for cell in cells if cell.name in chosen]
-
-
-def flops(study: Study) -> float:
-    """FLOPs of training in all runs of the study; a vocabulary that the tokenizer decides is taken from the data's."""
-
-    def of(config: RunConfig[Any]) -> float:
-        per_token = token_flops(with_vocabulary(config).model).training
-        return float(per_token) * config.tokens_per_update * config.training.updates
-
-    return math.fsum(of(cell.config) for cell in study.cells) * len(study.seeds)
