@@ -155,7 +155,7 @@ def cmd_compare(options: Any) -> int:
     for path in find_runs(directory):
         write_run(path)
     print_comparison(directory, console)
-    for name, spent in summary["budget"]["spent"].items():
+    for name, spent in summary["budget"]["spent"].items() if not options.quiet else ():
         used = (
             f"{spent['trials']} trials, {spent['updates']} updates, {clock_text(spent['training_seconds'])} of training"
         )

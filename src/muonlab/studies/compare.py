@@ -135,8 +135,8 @@ def _after(earlier: dict[str, Any] | None, summary: dict[str, Any]) -> dict[str,
     if len(looks) > 1:
         steps = " -> ".join(f"{look['trials']} trials and {look['seeds']} seeds" for look in looks)
         flags.append(
-            f"extended after a verdict was seen ({steps}): {len(looks)} looks, the last of them taken, call equal "
-            f"optimizers different up to {len(looks)} times as often as one"
+            f"extended after a verdict was seen ({steps}): who stops at the verdict that is liked calls equal optimizers "
+            f"different up to {len(looks)} times as often as one look does"
         )
     return {**summary, **made, "looks": looks, "flags": flags}
 
