@@ -55,25 +55,26 @@ def runs_csv(material: Material) -> str:
                     **{f"config.{key}": value for key, value in flat(run.get("config") or {}).items()},
                 }
             )
-    return _csv(rows)
+    return csv_text(rows)
 
 
 def curves_csv(material: Material) -> str:
-    """Every evaluation of every run: directory, optimizer, seed, split, update, tokens, seconds, cross-entropy."""
+    """Every evaluation of every run: directory, optimizer (and cell), seed, split, update, tokens, seconds, cross-entropy."""
     rows = []
+    cells = {run["directory"]: cell["cell"] for cell in material.summary.get("cells", ()) for run in cell["runs"]}
+    keys = ("split", "update", "tokens", "seconds", "cross_entropy", "bits_per_byte", "accuracy")
     for directory, run in material.runs.items():
-        for row in run["history"].get("eval", ()):
-            head = {"directory": directory, "optimizer": run["optimizer"], "seed": run["seed"]}
-            keys = ("split", "update", "tokens", "seconds", "cross_entropy", "bits_per_byte", "accuracy")
-            rows.append({**head, **{key: row.get(key) for key in keys}})
-    return _csv(rows)
+        head = {"directory": directory} | ({"cell": cells[directory]} if directory in cells else {})
+        head |= {"optimizer": run.get("optimizer"), "seed": run["seed"]}
+        rows += [{**head, **{key: row.get(key) for key in keys}} for row in run["history"].get("eval", ())]
+    return csv_text(rows)
 
 
 def comparison_tex(material: Material) -> str:
     """Two booktabs tables, to be read with \\input: the optimizers at a glance, and the verdicts."""
     summary = material.summary
     rows = [content.overview(material, name) for name in summary["optimizers"]]
-    glance = _tabular(
+    glance = tabular(
         ["optimizer", "loss (nats/token)", "bits/byte", "training (s)", "good range (octaves)"],
         [
             [
@@ -87,14 +88,14 @@ def comparison_tex(material: Material) -> str:
             for row in rows
         ],
     )
-    verdicts = _tabular(
+    verdicts = tabular(
         ["candidate", "reference", "difference (nats/token)", "interval", "verdict"],
         [
             [
                 tex(verdict["candidate"]),
                 tex(verdict["reference"]),
-                f"${_tex_signed(verdict.get('mean'))}$",
-                _tex_interval(*(verdict.get("interval") or (None, None))),
+                f"${signed_tex(verdict.get('mean'))}$",
+                tex_interval(*(verdict.get("interval") or (None, None))),
                 tex(verdict.get("verdict") or "no verdict"),
             ]
             for verdict in summary.get("verdicts", ())
@@ -105,14 +106,14 @@ def comparison_tex(material: Material) -> str:
         f"{budget['trials']} tuning trials and {budget['seeds']} seeds per optimizer, {budget['updates']} updates each."
     )
     return (
-        "% needs \\usepackage{booktabs}\n"
-        + _table(
+        "% needs \\usepackage{booktabs,graphicx}\n"
+        + floating(
             glance,
             f"Final loss on the report split, mean $\\pm$ standard deviation over seeds. {caption}",
             "tab:optimizers",
         )
         + "\n"
-        + _table(verdicts, "Paired differences by seed; negative means that the candidate is better.", "tab:verdicts")
+        + floating(verdicts, "Paired differences by seed; negative means that the candidate is better.", "tab:verdicts")
     )
 
 
@@ -125,16 +126,21 @@ def paper_tex(material: Material) -> str:
         "\\begin{figure}\n\\centering\n\\includegraphics[width=\\linewidth]{comparison_plot}\n"
         f"\\caption{{(a) Final runs: mean and range over seeds. (b) Tuning trials; bars: within {series.DELTA} nats of the best. "
         "(c) Paired differences by seed with their interval.}\n\\end{figure}",
-        "Protocol": _description(content.protocol(material)),
-        "Setting": _description(content.setting(material)),
-        "Threats to validity": _description([(threat.title, threat.text) for threat in threats(material)]),
+        "Protocol": description(content.protocol(material)),
+        "Setting": description(content.setting(material)),
+        "Threats to validity": description([(threat.title, threat.text) for threat in threats(material)]),
         "Reproduction": f"\\begin{{quote}}\\ttfamily {tex(summary.get('command') or 'not recorded')}\\end{{quote}}",
     }
-    body = "\n\n".join(f"\\section{{{title}}}\n{text}" for title, text in sections.items())
+    return article(summary["question"], sections)
+
+
+def article(title: str, sections: Mapping[str, str]) -> str:
+    """A LaTeX document with a title and sections of LaTeX text."""
+    body = "\n\n".join(f"\\section{{{name}}}\n{text}" for name, text in sections.items())
     return (
         "\\documentclass{article}\n\\usepackage[T1]{fontenc}\n\\usepackage[utf8]{inputenc}\n\\usepackage{booktabs,graphicx}\n"
         "\\usepackage[margin=2.5cm]{geometry}\n\\sloppy\n"
-        f"\\title{{{tex(summary['question'])}}}\n\\date{{}}\n\\begin{{document}}\n\\maketitle\n\n{body}\n\n\\end{{document}}\n"
+        f"\\title{{{tex(title)}}}\n\\date{{}}\n\\begin{{document}}\n\\maketitle\n\n{body}\n\n\\end{{document}}\n"
     )
 
 
@@ -173,31 +179,39 @@ def tex(value: Any) -> str:
     return text.replace("--", "-{}-")  # two hyphens of a flag would become a dash
 
 
-def _description(items: Sequence[tuple[str, str]]) -> str:
+def description(items: Sequence[tuple[str, str]]) -> str:
+    """Terms and texts as a LaTeX list."""
     lines = "\n".join(f"\\item[{{{tex(term)}}}] {tex(text)}" for term, text in items)
     return f"\\begin{{description}}\n{lines}\n\\end{{description}}" if items else ""
 
 
-def _tex_signed(value: Any, unknown: str = "?") -> str:
+def signed_tex(value: Any, unknown: str = "?") -> str:
+    """A difference for math mode."""
     number = series.number(value)
     return f"{number:+.4f}" if math.isfinite(number) else unknown
 
 
-def _tex_interval(low: Any, high: Any) -> str:
-    return "$[" + _tex_signed(low, r"-\infty") + ", " + _tex_signed(high, r"+\infty") + "]$"
+def tex_interval(low: Any, high: Any) -> str:
+    """An interval in math mode; bounds that are not finite are infinite."""
+    return "$[" + signed_tex(low, r"-\infty") + ", " + signed_tex(high, r"+\infty") + "]$"
 
 
-def _tabular(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def tabular(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A booktabs tabular; cells are LaTeX text."""
     body = " \\\\\n".join(" & ".join(row) for row in [head, *rows])
     first, _, rest = body.partition("\n")
     return f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}\n\\toprule\n{first}\n\\midrule\n{rest} \\\\\n\\bottomrule\n\\end{{tabular}}"
 
 
-def _table(tabular: str, caption: str, label: str) -> str:
-    return f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n\\label{{{label}}}\n{tabular}\n\\end{{table}}\n"
+def floating(tabular: str, caption: str, label: str) -> str:
+    """A tabular as a floating table, made smaller where it is wider than the text."""
+    fitted = f"\\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{%\n{tabular}}}"
+    return (
+        f"\\begin{{table}}[htbp]\n\\centering\n\\caption{{{caption}}}\n\\label{{{label}}}\n{fitted}\n\\end{{table}}\n"
+    )
 
 
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """RFC 4180 text with one header; lists as JSON, nothing where there is no value."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()

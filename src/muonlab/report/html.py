@@ -1,16 +1,28 @@
 """The report as one self-contained page: everything inlined, nothing fetched, every name escaped."""
 
 import json
+import math
 import re
 from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
 
-from muonlab.report import content, interactive, series, style
+from muonlab.report import (
+    content,
+    interactive,
+    series,
+    study_axes,
+    study_content,
+    study_interactive,
+    study_tables,
+    study_text,
+    style,
+)
 from muonlab.report.differences import flat
 from muonlab.report.reading import Material, finals_of
 from muonlab.report.stability import recommendations
+from muonlab.report.study_threats import study_threats
 from muonlab.report.threats import threats
 
 COMPARISON_SECTIONS = {
@@ -58,6 +70,70 @@ def comparison_page(material: Material) -> str:
     )
 
 
+STUDY_SECTIONS = {
+    "verdict": "Verdict",
+    "cells": "Cells",
+    "published": "Published",
+    "loss": "Loss",
+    "axes": "Axes",
+    "cost": "Cost",
+    "threats": "Threats to validity",
+    "protocol": "Protocol",
+    "runs": "Runs",
+    "configuration": "Configuration",
+    "reproduce": "Reproduce",
+}
+PUBLISHED = {"accuracy": "accuracy", "perplexity": "perplexity", "minutes": "minutes", "memory_gb": "memory, GB"}
+
+
+def study_page(material: Material) -> str:
+    """The HTML text of a study's report."""
+    summary = material.summary
+    cells, answers = study_content.cell_rows(summary), study_content.answers(summary)
+    contrasts, published = study_content.contrast_rows(summary), study_content.published_rows(summary)
+    sweeps = study_axes.sweeps(summary)
+    drawn, effects = study_interactive.figures(material, cells, sweeps)
+    heat = study_axes.heat(summary)
+    empty = {"published": not published, "axes": not (sweeps or heat or effects)}
+    keys = [(key, label) for key, label in PUBLISHED.items() if any(key in row["published"] for row in published)]
+    targets = summary.get("targets") or ()
+    return _page(
+        "study.html.j2",
+        kicker=f"muonlab study {summary['name']}",
+        title=str(summary.get("title") or summary["name"]),
+        sections=[(place, name) for place, name in STUDY_SECTIONS.items() if not empty.get(place)],
+        palette=style.colors(list(summary["groups"])),
+        summary={"stale": (), "flags": (), "command": None, "reference": None, **summary},
+        origin=study_text.origin(summary),
+        answers=answers,
+        strips=[content.strips([answer["verdict"]])[0] if answer["verdict"] else None for answer in answers],
+        judged=len(contrasts),
+        contrasts=contrasts,
+        recommended=study_text.recommendations(summary),
+        cells=cells,
+        published=published,
+        published_note=study_content.published_note(summary),
+        published_keys=keys,
+        sweeps=[(line, study_tables.bounds(line), study_tables.optimum(line)) for line in sweeps if line.found],
+        sensitivity_places=[place for place in drawn if place.startswith("sensitivity-")],
+        heat=heat,
+        effects=effects,
+        workloads="pairs of target and seed" if len(targets) > 1 else "seeds",
+        profile_target=", ".join(f"{target:g} nats" for target in targets) or "the final loss of the median cell",
+        targets=study_content.target_rows(summary),
+        first_seed_only=study_interactive.too_many(material),
+        threats=study_threats(material),
+        protocol=study_text.protocol(material),
+        runs=study_content.run_rows(summary),
+        problems=study_content.problems(material),
+        differences=study_content.differences(material),
+        routing=study_content.routing(material),
+        setting=study_text.setting(material),
+        config=next((run["config"] for run in material.runs.values()), None),
+        figures=drawn,
+    )
+
+
 def figures(material: Material) -> dict[str, Any]:
     """The interactive figures of a comparison by the id of their place on the page."""
     lines = interactive.optimizer_lines(material)
@@ -65,16 +141,12 @@ def figures(material: Material) -> dict[str, Any]:
     runs = [(lines[name], run) for name in lines for run in finals[name]]
     split = series.judged_split([run for _, run in runs])
     curves = [(lines[name], curve) for name in lines if (curve := series.mean_curve(finals[name], split))]
-    return _drawn(
+    return interactive.drawn(
         curves=interactive.loss_curves(curves, split),
         sensitivity=interactive.lr_sensitivity(material),
         training=interactive.training_curves(runs, "loss", "training batch, nats per token"),
         gradients=interactive.training_curves(runs, "grad_norm", "gradient norm before clipping", log=True),
     )
-
-
-def _drawn(**made: dict[str, Any] | None) -> dict[str, Any]:
-    return {place: figure for place, figure in made.items() if figure}
 
 
 def _page(template: str, **values: Any) -> str:
@@ -96,6 +168,10 @@ def _environment() -> jinja2.Environment:
         "loss": style.loss,
         "signed": style.signed,
         "short": style.short,
+        "label": style.label,
+        "percent": study_tables.percent,
+        "memory": study_text.memory,
+        "half": lambda row: f" ± {style.loss(row['half'])}" if math.isfinite(row["half"]) else "",
         "count": style.count,
         "duration": style.duration,
         "values": style.values_text,

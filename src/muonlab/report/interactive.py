@@ -52,6 +52,11 @@ def figure(traces: Sequence[Trace], x: str, y: str, **layout: Any) -> dict[str, 
     return {"data": list(traces), "layout": {**base, **axes, **layout}}
 
 
+def drawn(**made: dict[str, Any] | None) -> dict[str, Any]:
+    """Figures by the id of their place, those left out that have nothing to show."""
+    return {place: found for place, found in made.items() if found}
+
+
 def text(value: Any) -> str:
     """Text for plotly, which reads a few HTML tags in labels."""
     return escape(str(value), quote=False)

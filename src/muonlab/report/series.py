@@ -177,3 +177,10 @@ def thinned(values: Sequence[Any], points: int = 250) -> list[Any]:
         return list(values)
     step = (len(values) - 1) / (points - 1)
     return [values[round(i * step)] for i in range(points)]
+
+
+def ordered(values: Any) -> list[Any]:
+    """Distinct values, numbers by size and before words, which stay in the order they came in."""
+    distinct = list(dict.fromkeys(value for value in values if value is not None))
+    numbers = [value for value in distinct if isinstance(value, int | float)]
+    return [*sorted(numbers), *(value for value in distinct if not isinstance(value, int | float))]

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from muonlab.report import series, style
 from muonlab.report.figures import RC, empty, lr_ticks, plain, save
 from muonlab.report.series import Curve
-from muonlab.report.study_content import Effect, Sweep
+from muonlab.report.study_axes import Effect, Sweep
 
 OTHERS = "#d4d8de"
 ROWS = 40

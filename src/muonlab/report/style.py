@@ -32,6 +32,11 @@ def colors(optimizers: Sequence[str]) -> dict[str, str]:
     return {name: PALETTE[slot] for name, slot in slots(optimizers).items()}
 
 
+def pale(color: str) -> str:
+    """A colour halfway to white."""
+    return "#" + "".join(f"{(int(color[i : i + 2], 16) + 255) // 2:02x}" for i in (1, 3, 5))
+
+
 def clipped(text: str, length: int) -> str:
     """A long name without its middle: what tells names of one study apart is often at the end."""
     if len(text) <= length:

@@ -113,8 +113,8 @@ def heatmap_plot(
     Values along an axis stand in the order of their size where they are numbers. Infinite losses (no run finished) are
     crossed. Colours show nats above the best, up to one.
     """
-    xs = _ordered(cell[0] for table in tables.values() for cell in table)
-    ys = _ordered(cell[1] for table in tables.values() for cell in table)
+    xs = series.ordered(cell[0] for table in tables.values() for cell in table)
+    ys = series.ordered(cell[1] for table in tables.values() for cell in table)
     finite = [loss for table in tables.values() for loss in table.values() if math.isfinite(loss)]
     best = min(finite, default=0.0)
     top = min(1.0, max(finite, default=1.0) - best) or 1e-3
@@ -146,10 +146,3 @@ def heatmap_plot(
         if image is not None:
             figure.colorbar(image, ax=panels, label="nats above the best")
         save(figure, path)
-
-
-def _ordered(values: Any) -> list[Any]:
-    """Distinct values, numbers by size and before words, which stay in the order they came in."""
-    distinct = list(dict.fromkeys(value for value in values if value is not None))
-    numbers = [value for value in distinct if isinstance(value, int | float)]
-    return [*sorted(numbers), *(value for value in distinct if not isinstance(value, int | float))]

@@ -32,7 +32,7 @@ def comparison_tables(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 def trials_table(summary: Mapping[str, Any]) -> Table:
     """Best trial of each learning rate and the width of the good range, one row per optimizer."""
-    table = _table(
+    table = new_table(
         "tuning (tune split)", ["optimizer", "trials", "chosen", "loss", f"good range (within {series.DELTA} nats)"]
     )
     for name in summary["optimizers"]:
@@ -45,19 +45,19 @@ def trials_table(summary: Mapping[str, Any]) -> Table:
             least = "≥ " if width.open_low or width.open_high else ""
             text = f"lr {width.low:.3g} to {width.high:.3g}, {least}{width.octaves:.1f} octaves"
         chosen = style.values_text(choice.values) if choice else "–"
-        _row(table, name, total, chosen, style.loss(choice.loss) if choice else "–", text)
+        add_row(table, name, total, chosen, style.loss(choice.loss) if choice else "–", text)
     return table
 
 
 def finals_table(summary: Mapping[str, Any]) -> Table:
     """Final losses by seed, one row per optimizer."""
-    table = _table("final runs (report split)", ["optimizer", "mean loss", "by seed", "bits per byte", "training"])
+    table = new_table("final runs (report split)", ["optimizer", "mean loss", "by seed", "bits per byte", "training"])
     for name in summary["optimizers"]:
         runs = [entry for entry in summary.get("finals", ()) if entry["optimizer"] == name]
         losses = [entry.get("report_cross_entropy") for entry in runs]
         each = "  ".join(style.loss(x) if x is not None else e["status"] for x, e in zip(losses, runs))
         bits = style.short(_mean([entry.get("bits_per_byte") for entry in runs]))
-        _row(
+        add_row(
             table, name, style.loss(_mean(losses)), each, bits, style.duration(_mean([e.get("seconds") for e in runs]))
         )
     return table
@@ -66,7 +66,7 @@ def finals_table(summary: Mapping[str, Any]) -> Table:
 def targets_table(summary: Mapping[str, Any]) -> Table:
     """What each optimizer needed to reach the reference's final loss, and the reference theirs: the median over seeds."""
     reference = summary["optimizers"][-1]
-    table = _table(
+    table = new_table(
         "to the other's final loss (median)", ["optimizer", "target", "updates", "tokens", "seconds", "reached"]
     )
     for entry in summary["to_target"]:
@@ -74,19 +74,21 @@ def targets_table(summary: Mapping[str, Any]) -> Table:
             continue
         target = f"{entry['target']}, {style.loss(entry['target_loss'])}"
         cost = [style.count(entry["updates"]), style.count(entry["tokens"]), style.duration(entry["seconds"])]
-        _row(table, entry["optimizer"], target, *(text if text != "–" else "never" for text in cost), entry["reached"])
+        add_row(
+            table, entry["optimizer"], target, *(text if text != "–" else "never" for text in cost), entry["reached"]
+        )
     return table
 
 
 def runs_table(runs: Sequence[Mapping[str, Any]]) -> Table:
     """One row per run (read_run's values)."""
-    table = _table("", ["run", "status", "seed", "updates", "loss", "training", "corpus"])
+    table = new_table("", ["run", "status", "seed", "updates", "loss", "training", "corpus"])
     for run in runs:
         final = run.get("final") or {}
         losses = "  ".join(f"{style.loss(row.get('cross_entropy'))} {split}" for split, row in final.items()) or "–"
         seconds = style.duration(run["seconds"].get("training"))
         cells = [run["status"], run["seed"], style.count(run["updates"]), losses, seconds]
-        _row(table, Path(run["directory"]).name, *cells, run["data"].get("corpus", "–"))
+        add_row(table, Path(run["directory"]).name, *cells, run["data"].get("corpus", "–"))
     return table
 
 
@@ -130,8 +132,9 @@ def size(number: float) -> str:
     return f"{number:.1f} TB"
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(
+def new_table(title: str, columns: Sequence[str]) -> Table:
+    """An empty table with the look of all; long cells fold."""
+    made = Table(
         title=Text(title) if title else None,
         title_justify="left",
         title_style="bold",
@@ -139,11 +142,12 @@ def _table(title: str, columns: Sequence[str]) -> Table:
         box=box.SIMPLE_HEAD,
     )
     for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
+        made.add_column(column, overflow="fold")
+    return made
 
 
-def _row(table: Table, *cells: Any) -> None:
+def add_row(table: Table, *cells: Any) -> None:
+    """A row of plain text: names are never read as markup."""
     table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in cells))
 
 

@@ -9,10 +9,15 @@ const plots = Object.entries(figures).map(([id, figure]) => {
 });
 const controls = document.getElementById("controls");
 
+const search = document.getElementById("search");
+
 function filter() {
   const shown = new Set([...controls.querySelectorAll("[type=checkbox]:checked")].map((box) => box.value));
-  for (const plot of plots) Plotly.restyle(plot, { visible: plot.data.map((trace) => shown.has(trace.meta.group)) });
-  for (const element of document.querySelectorAll("[data-group]")) element.hidden = !shown.has(element.dataset.group);
+  const words = search ? search.value.toLowerCase().split(/\s+/).filter(Boolean) : [];
+  const visible = (group, cell) =>
+    (group === undefined || shown.has(group)) && (cell === undefined || words.every((word) => cell.toLowerCase().includes(word)));
+  for (const plot of plots) Plotly.restyle(plot, { visible: plot.data.map((trace) => visible(trace.meta.group, trace.meta.cell)) });
+  for (const element of document.querySelectorAll("[data-group]")) element.hidden = !visible(element.dataset.group, element.dataset.cell);
 }
 
 function axis(name) {
@@ -23,6 +28,8 @@ function axis(name) {
 }
 
 controls.addEventListener("change", (event) => (event.target.type === "radio" ? axis(event.target.value) : filter()));
+let pause;
+if (search) search.addEventListener("input", () => (clearTimeout(pause), (pause = setTimeout(filter, 200))));
 
 function key(row, column) {
   const text = row.cells[column].dataset.sort || row.cells[column].textContent.trim();
