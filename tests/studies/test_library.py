@@ -203,9 +203,9 @@ def test_exp9_as_published_ends_its_cosine_at_0_905_of_the_peak_and_corrected_at
     assert last_share(corrected, "muon_optimal") == pytest.approx(0.1)
     assert last_share(corrected, "muon_linear_decay") == pytest.approx(0.1)
     assert last_share(corrected, "muon_step_decay") == pytest.approx(0.5**3)
-    config = cell(published, "muon_optimal").config
-    warming = [u for u in range(125) if config.schedule.factor(u, 125) < 1 and u < 60]
-    assert len(warming) == 24  # updates 0 to 23 below the peak, the 25th at it: 20 % of the run
+    schedule = cell(published, "muon_optimal").config.schedule
+    warming = [schedule.factor(update, 125) for update in range(25)]  # 5 % of 500: a fifth of the 125 updates made
+    assert warming == pytest.approx([(update + 1) / 25 for update in range(25)])
 
 
 @pytest.mark.parametrize(
