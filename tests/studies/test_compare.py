@@ -1,6 +1,8 @@
 """The protocol end to end on small real runs: what differs is found, what does not is not, budgets are equal."""
 
 import json
+import math
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -66,6 +68,28 @@ def test_the_verdict_is_that_of_the_paired_differences(muon_against_adamw):
     expected = "better" if high < 0 else "worse" if low > 0 else "not distinguishable"
     assert verdict["verdict"] == expected
     assert verdict["sentence"].startswith(f"muon is {expected}")
+
+
+def test_differences_below_the_minimum_effect_are_of_no_interest(muon_against_adamw):
+    directory, summary = muon_against_adamw
+    low, high = summary["verdicts"][0]["interval"]
+    for effect in (0.0, max(abs(low), abs(high)) + 0.01):
+        again = compare(replace(plan("muon", "adamw"), minimum_effect=effect), directory)
+        word = again["verdicts"][0]["verdict"]
+        assert again["verdicts"][0]["minimum_effect"] == effect
+        assert (word == "not distinguishable") == (low <= effect and high >= -effect)
+    with pytest.raises(InputError, match="must be 0 or more"):
+        make_plan(["muon", "adamw"], BASE, minimum_effect=-1.0)
+
+
+def test_the_noise_between_seeds_is_pooled_over_the_optimizers(muon_against_adamw):
+    _, summary = muon_against_adamw
+    losses = [
+        [f["report_cross_entropy"] for f in summary["finals"] if f["optimizer"] == name] for name in ("muon", "adamw")
+    ]
+    variances = [statistics.variance(values) for values in losses]
+    assert summary["noise"]["spread"] == pytest.approx(math.sqrt(sum(variances) / 2))
+    assert summary["noise"]["degrees"] == 4
 
 
 def test_how_much_each_needed_to_reach_the_others_final_loss_is_said(muon_against_adamw):

@@ -143,6 +143,9 @@ def parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--updates", type=int, help="updates of every run")
     compare.add_argument(
+        "--minimum-effect", type=float, default=0.0, metavar="NATS", help="differences up to this are of no interest"
+    )
+    compare.add_argument(
         "--lr-center", action="append", default=[], metavar="NAME=LR", help="centre of a learning-rate search"
     )
     compare.add_argument(

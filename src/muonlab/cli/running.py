@@ -118,7 +118,15 @@ def cmd_compare(options: Any) -> int:
     if not on_gpu and workers > 0:
         base = merge({"training": {"threads": max(1, cores() // workers)}}, base)
     centers = read_centers(options.lr_center)
-    plan = make_plan(names, base, profile=profile, budget=numbers, centers=centers, search=options.search)
+    plan = make_plan(
+        names,
+        base,
+        profile=profile,
+        budget=numbers,
+        centers=centers,
+        search=options.search,
+        minimum_effect=options.minimum_effect,
+    )
     console = Console()
     if not options.quiet:
         b = plan.budget

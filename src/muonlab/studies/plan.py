@@ -71,6 +71,8 @@ class Plan:
     """Centre of the learning-rate search by optimizer, where it is not the registered one."""
     search: str = "staged"
     """Strategy that spends the trials, the same for every optimizer."""
+    minimum_effect: float = 0.0
+    """Differences up to this many nats are of no interest: a verdict needs the whole interval beyond it."""
 
     @property
     def identity(self) -> str:
@@ -158,9 +160,12 @@ def make_plan(
     budget: Mapping[str, int] | None = None,
     centers: Mapping[str, float] | None = None,
     search: str = "staged",
+    minimum_effect: float = 0.0,
 ) -> Plan:
     """A plan from nested configuration values laid on those of the profile; `budget` replaces single numbers of it."""
     strategy(search)
+    if not 0 <= minimum_effect < math.inf:
+        raise InputError(f"the minimum effect is {minimum_effect} nats; it must be 0 or more")
     names = labels(optimizers)
     for name, center in (centers or {}).items():
         if name not in names:
@@ -178,7 +183,7 @@ def make_plan(
         )
     if config.seed < 1:
         raise InputError("the first seed of a comparison must be at least 1: the one below it belongs to the trials")
-    plan = Plan(tuple(optimizers), config, chosen, profile, centers, search)
+    plan = Plan(tuple(optimizers), config, chosen, profile, centers, search, minimum_effect)
     for name in names:
         plan.new_search(name)  # what a strategy lacks is said before anything runs
     return plan

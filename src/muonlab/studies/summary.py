@@ -14,7 +14,7 @@ from muonlab.studies.executor import Job
 from muonlab.studies.plan import Plan, optimizer_of
 from muonlab.studies.search import Search
 from muonlab.studies.space import KNOBS, Point
-from muonlab.studies.statistics import compare_family
+from muonlab.studies.statistics import compare_family, noise_floor
 from muonlab.training.tracking import read_run, versions
 
 
@@ -151,20 +151,28 @@ def summarize(
         },
         "finals": finals,
         "gate": {"unigram_entropy": entropy, "passed": learned},
-        "verdicts": _verdicts(reference, losses, learned, entropy),
+        "noise": _noise(list(ended.values())),
+        "verdicts": _verdicts(plan, reference, losses, learned, entropy),
         "to_target": _to_target(directory, names, finals),
         "flags": flags,
     }
 
 
+def _noise(losses: list[list[float]]) -> dict[str, float] | None:
+    """How far two runs that differ in their seed alone lie apart, pooled over the optimizers."""
+    repeated = [values for values in losses if len(values) > 1]
+    return asdict(noise_floor(repeated)) if repeated else None
+
+
 def _verdicts(
-    reference: str, losses: dict[str, list[float]], learned: dict[str, bool], entropy: float
+    plan: Plan, reference: str, losses: dict[str, list[float]], learned: dict[str, bool], entropy: float
 ) -> list[dict[str, Any]]:
     """Every candidate against the reference, pairs in the order of the seeds, as one family of tests."""
     pairs = {name: dict(enumerate(values, 1)) for name, values in losses.items()}
     candidates = {name: values for name, values in pairs.items() if name != reference}
+    found = compare_family(candidates, pairs[reference], minimum_effect=plan.minimum_effect)
     table = []
-    for name, result in compare_family(candidates, pairs[reference]).items():
+    for name, result in found.items():
         entry = {"candidate": name, "reference": reference, "metric": "report cross-entropy (nats/token)"}
         entry |= {**result.to_dict(), "sentence": result.sentence(name, reference)}
         if not learned[name] and not learned[reference]:
