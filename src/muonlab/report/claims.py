@@ -12,7 +12,7 @@ from rich.text import Text
 from muonlab.errors import InputError
 from muonlab.files import replacing
 from muonlab.studies.claims import Judged
-from muonlab.studies.ledger import Claim, Ledger
+from muonlab.studies.ledger import Claim, Ledger, studies_of
 from muonlab.studies.study import FULL
 from muonlab.studies.verdicts import FAILS, HOLDS, LEVEL, NOT_DISTINGUISHABLE, VERDICTS
 
@@ -121,7 +121,8 @@ def _source(row: Judged) -> str:
         return "the source's numbers" if claim.statistic.kind == "arithmetic" else "none"
     if not row.summaries:
         size = "" if claim.evidence == "micro" else ", on a GPU"
-        return f"would be: muonlab study {claim.study}{f' --version {claim.version}' if claim.version else ''}{size}"
+        version = f" --version {claim.version}" if claim.version else ""
+        return f"would be: {' and '.join(f'muonlab study {name}{version}' for name in studies_of(claim))}{size}"
     names = ", ".join(" ".join(part for part in (s.name, s.version) if part) for s in row.summaries)
     return f"{names}; {row.summaries[0].scale} scale; {row.finding.seeds} seeds judged"
 

@@ -148,14 +148,14 @@ def _read(folder: Path) -> StudySummary:
 def collect(
     summaries: Sequence[StudySummary], wanted: Sequence[tuple[str, str | None]], scale: str
 ) -> list[StudySummary] | str:
-    """The summaries of these (study, version) at one scale, or what is missing."""
-    found = []
-    for name, version in wanted:
-        fits = [s for s in summaries if (s.name, s.version, s.scale) == (name, version, scale)]
-        if not fits:
-            return f"no folder of {name}" + (f", version {version}" if version else "") + f", at {scale} scale"
-        found.append(fits[0])
-    return found
+    """The summaries of these (study, version) at one scale; where some are given and some not, what is missing."""
+    at = {(s.name, s.version): s for s in summaries if s.scale == scale}
+    found = [at[key] for key in wanted if key in at]
+    if len(found) == len(wanted):
+        return found
+    name, version = next(key for key in wanted if key not in at)
+    what = f"no folder of {name}" + (f", version {version}" if version else "") + f", at {scale} scale"
+    return what if found else ""
 
 
 @dataclass(frozen=True)
