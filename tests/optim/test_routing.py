@@ -1,6 +1,7 @@
 """Who updates what: decided by the module that owns a parameter, checked against tables written by hand."""
 
 import warnings
+from typing import ClassVar
 
 import pytest
 import torch
@@ -33,9 +34,12 @@ ATTENTION = {name: row for name, row in LLAMA_LAYER.items() if "self_attn" in na
 UNTIED = {"model.embed_tokens.weight": "embedding", "lm_head.weight": "head"}
 
 
-def experts(router):
-    stacks = {f"model.layers.0.mlp.experts.{name}": "hidden matrix" for name in ("gate_up_proj", "down_proj")}
-    return {**stacks, f"model.layers.0.mlp.{router}.weight": "router"}
+def experts(router, gate_up="hidden split 0 (64, 64)", down="hidden matrix", block="mlp"):
+    stacks = {
+        f"model.layers.0.{block}.experts.gate_up_proj": gate_up,
+        f"model.layers.0.{block}.experts.down_proj": down,
+    }
+    return {**stacks, f"model.layers.0.{block}.{router}.weight": "router"}
 
 
 def bert_layer(prefix):
@@ -62,8 +66,9 @@ FAMILIES = {
             "transformer.wpe.weight": "embedding",
             **{
                 f"transformer.h.0.{name}.weight": "hidden transpose"
-                for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+                for name in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")
             },
+            "transformer.h.0.attn.c_attn.weight": "hidden transpose > split 0 (32, 32, 32)",
         },
     ),
     "llama": (lambda t: t.LlamaForCausalLM(t.LlamaConfig(**SMALL)), {**UNTIED, **LLAMA_LAYER}),
@@ -84,11 +89,56 @@ FAMILIES = {
         {
             **UNTIED,
             **ATTENTION,
-            "model.layers.0.mlp.experts.gate_up_proj": "hidden transpose",
-            "model.layers.0.mlp.experts.down_proj": "hidden transpose",
+            **experts("router", "hidden transpose > interleaved 2", "hidden transpose"),
             "model.layers.0.mlp.experts.gate_up_proj_bias": "vector",
             "model.layers.0.mlp.experts.down_proj_bias": "vector",
-            "model.layers.0.mlp.router.weight": "router",
+        },
+    ),
+    "llama4, experts transposed without saying so": (
+        lambda t: t.Llama4ForCausalLM(
+            t.Llama4TextConfig(
+                **SMALL, num_local_experts=4, head_dim=8, intermediate_size_mlp=64, interleave_moe_layer_step=1
+            )
+        ),
+        {
+            **UNTIED,
+            **ATTENTION,
+            **experts("router", "hidden transpose > split 0 (64, 64)", "hidden transpose", "feed_forward"),
+            **{
+                f"model.layers.0.feed_forward.shared_expert.{part}_proj.weight": "hidden matrix"
+                for part in ("gate", "up", "down")
+            },
+        },
+    ),
+    "phi3, fused projections": (
+        lambda t: t.Phi3ForCausalLM(t.Phi3Config(**SMALL, pad_token_id=0)),
+        {
+            **UNTIED,
+            "model.layers.0.self_attn.qkv_proj.weight": "hidden split 0 (32, 16, 16)",
+            "model.layers.0.self_attn.o_proj.weight": "hidden matrix",
+            "model.layers.0.mlp.gate_up_proj.weight": "hidden split 0 (64, 64)",
+            "model.layers.0.mlp.down_proj.weight": "hidden matrix",
+        },
+    ),
+    "modernbert, gated": (
+        lambda t: t.ModernBertForMaskedLM(
+            t.ModernBertConfig(
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                vocab_size=100,
+                max_position_embeddings=64,
+                pad_token_id=0,
+            )
+        ),
+        {
+            "model.embeddings.tok_embeddings.weight": "embedding",
+            "model.layers.0.attn.Wqkv.weight": "hidden matrix",
+            "model.layers.0.attn.Wo.weight": "hidden matrix",
+            "model.layers.0.mlp.Wi.weight": "hidden split 0 (48, 48)",
+            "model.layers.0.mlp.Wo.weight": "hidden matrix",
+            "head.dense.weight": "hidden matrix",
         },
     ),
     "bert": (
@@ -208,6 +258,94 @@ def test_hugging_face_families_are_routed_as_the_hand_written_table_says(family)
             assert row["view"] == said[1], row
         assert (row["reason"] == "unknown") == (said[-1] == "unknown"), row
     assert set(expected) <= {row["name"] for row in optimizer.routing().rows}
+
+
+def test_an_override_takes_the_place_of_the_split_that_was_found():
+    build, _ = FAMILIES["gpt2"]
+    overrides = (Override(name="*.c_attn.weight", split=(64, 32)), Override(name="*.mlp.c_fc.weight", head_dim=16))
+    views = {
+        row["name"].split(".", 3)[-1]: row["view"]
+        for row in Muon(build(transformers), overrides=overrides).routing().rows
+    }
+    assert views["attn.c_attn.weight"] == "transpose > split 0 (64, 32)"
+    assert views["mlp.c_fc.weight"] == "transpose > heads 0 16"
+
+
+def test_a_stack_of_ones_own_says_how_its_rows_are_split():
+    class Experts(nn.Module):
+        is_expert_stack = True
+        row_split: ClassVar = {"both": (24, 8)}
+
+        def __init__(self):
+            super().__init__()
+            self.both = nn.Parameter(torch.randn(4, 32, 16))
+            self.down = nn.Parameter(torch.randn(4, 16, 8))
+
+    views = {row["name"]: row["view"] for row in Muon(Experts(), min_dim=1).routing().rows}
+    assert views == {"both": "split 0 (24, 8)", "down": "matrix"}
+
+
+def test_names_alone_split_nothing():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj, self.down_proj = nn.Linear(16, 32), nn.Linear(32, 16)
+            self.Wi, self.c_attn, self.qkv_proj = nn.Linear(16, 32), nn.Linear(16, 48), nn.Linear(16, 48)
+
+    assert {row["view"] for row in Muon(Block()).routing().rows if row["rule"] == "muon"} == {"matrix"}
+
+
+def test_a_weight_under_a_parametrization_is_the_weight_of_its_module():
+    from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+
+    model = nn.ModuleDict({"embedding": weight_norm(nn.Embedding(40, 16)), "a": weight_norm(nn.Linear(16, 24))})
+    model["b"] = spectral_norm(nn.Linear(24, 16))
+    rows = {row["name"]: (row["kind"], row["rule"]) for row in Muon(model, strict=True).routing().rows}
+    assert rows == {
+        "embedding.parametrizations.weight.original0": ("embedding", "adamw"),
+        "embedding.parametrizations.weight.original1": ("embedding", "adamw"),
+        "a.bias": ("vector", "adamw"),
+        "a.parametrizations.weight.original0": ("vector", "adamw"),
+        "a.parametrizations.weight.original1": ("hidden", "muon"),
+        "b.bias": ("vector", "adamw"),
+        "b.parametrizations.weight.original": ("hidden", "muon"),
+    }
+
+
+def bare(*shapes):
+    return [nn.Parameter(torch.zeros(shape, device="meta")) for shape in shapes]
+
+
+LAYER = [(3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096)]
+
+
+@pytest.mark.parametrize("table", [(50257, 1024), (32000, 4096), (128256, 8192)], ids=["gpt2", "llama2", "llama3"])
+def test_an_embedding_among_bare_parameters_is_warned_of_in_one_line_that_says_what_to_do(table):
+    groups = [{"params": bare(*LAYER, table), "weight_decay": 0.1}, {"params": bare(table, (1024,))}]
+    with pytest.warns(
+        UserWarning, match=r"looks like an embedding or a head.*Muon\(model, ...\).*use_muon=False"
+    ) as seen:
+        Muon(groups)
+    assert len(seen) == 1
+    assert "\n" not in str(seen[0].message)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        lambda: bare(*LAYER * 2),
+        lambda: bare((14336, 4096), (14336, 4096), (4096, 14336)),
+        lambda: bare(*[(28672, 4096), (4096, 14336)] * 3),
+        lambda: bare((64, 16384, 2048)),
+        lambda: [{"params": bare((50257, 768)), "use_muon": False}, {"params": bare(*LAYER)}],
+        lambda: [{"params": bare((50257, 768)), "use_muon": True}],
+        lambda: nn.Linear(1024, 50257, device="meta"),
+    ],
+)
+def test_layers_among_bare_parameters_raise_no_false_alarm(params):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Muon(params())
 
 
 def language_model(vocab=64, width=32, tied=False):

@@ -17,6 +17,7 @@ VIEWS = {
     "conv transposed": ((12, 4, 3, 3), (("conv_transpose", 2),)),
     "split uneven": ((20, 12), (("split", 0, (10, 6, 4)),)),
     "split columns": ((12, 20), (("split", 1, (15, 5)),)),
+    "rows that take turns": ((20, 12), (("interleaved", 2),)),
     "heads": ((20, 12), (("heads", 0, 5),)),
     "heads of columns": ((12, 20), (("heads", 1, 5),)),
     "tiles even": ((12, 20), (("tiles", 4),)),
@@ -63,6 +64,7 @@ def test_a_grouped_convolution_is_one_matrix_a_group():
     ("shape", "view", "words"),
     [
         ((20, 12), (("split", 0, (10, 5)),), "does not add up to the 20 rows"),
+        ((20, 12), (("interleaved", 3),), "cannot take turns among 3"),
         ((20, 12), (("heads", 0, 7),), "cannot be divided into heads of 7"),
         ((20, 12), (("tiles", 0),), "at least 1"),
     ],
@@ -189,3 +191,21 @@ def test_a_conv1d_of_transformers_moves_as_the_linear_layer_that_it_is():
         a.step()
         b.step()
         torch.testing.assert_close(conv.weight.detach(), linear.weight.detach().T, rtol=0, atol=1e-6)
+
+
+def test_gate_and_up_that_take_turns_are_two_matrices():
+    from transformers import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    config = GptOssConfig(hidden_size=16, intermediate_size=24, num_local_experts=2)
+    torch.manual_seed(0)
+    stack = GptOssExperts(config)
+    for param in stack.parameters():
+        param.data.normal_()
+        param.grad = torch.randn(param.shape)
+    gradient = stack.gate_up_proj.grad.mT.clone()  # [2, 48, 16], rows of gate and up in turns
+    optimizer = Muon(stack, lr=1.0, weight_decay=0.0, momentum=0.0, dtype="float32")
+    update = moved(optimizer, stack.gate_up_proj).mT
+    for rows in (slice(0, None, 2), slice(1, None, 2)):
+        expected = orthogonalize(gradient[:, rows], dtype="float32") * scale_factor("moonlight", 24, 16)
+        torch.testing.assert_close(update[:, rows], expected, rtol=0, atol=1e-5)

@@ -1,5 +1,7 @@
 """Parameter groups out of routes and options: every option of every rule is a plain value of a group."""
 
+import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from typing import Any
@@ -69,6 +71,8 @@ def plan(
         given.append((len(own), fields_of_group))
         routes += own
     check(routes)
+    if hidden_rule == "muon" and not options.overrides:
+        _warn_of_tables(routes)
     routes = with_overrides(routes, options.overrides)
     groups: list[dict[str, Any]] = []
     for count, fields_of_group in given:
@@ -165,16 +169,37 @@ def _given(group: dict[str, Any], number: int) -> tuple[list[Route], dict[str, A
     params = group.pop("params", None)
     if params is None:
         raise InputError("a parameter group needs the key 'params'")
+    reason = "given, use_muon" if "use_muon" in group else "given"
     use_muon = group.pop("use_muon", True)
     routes = []
     for i, item in enumerate([params] if isinstance(params, Tensor) else params):
         name, param = item if isinstance(item, tuple) else (f"parameter {number + i}", item)
         matrix = use_muon and getattr(param, "ndim", 0) >= 2
         view: View = (("conv", 1),) if matrix and param.ndim > 3 else ()
-        routes.append(Route(name=name, param=param, kind="hidden" if matrix else "vector", view=view, reason="given"))
+        routes.append(Route(name=name, param=param, kind="hidden" if matrix else "vector", view=view, reason=reason))
     if not use_muon and "weight_decay" in group:
         group.setdefault("vector_weight_decay", group["weight_decay"])
     return routes, group
+
+
+def _warn_of_tables(routes: list[Route]) -> None:
+    """One warning if a matrix among bare parameters looks like an embedding or a head.
+
+    Such a matrix has thousands of rows, at least two for each column, and unlike a layer's it neither has more than one like it
+    nor a partner that takes its outputs in.
+    """
+    given = [entry for entry in routes if entry.kind == "hidden" and entry.reason == "given" and entry.param.ndim == 2]
+    inputs = {entry.param.shape[1] for entry in given}
+    outputs = Counter(entry.param.shape[0] for entry in given)
+    for entry in given:
+        rows, cols = entry.param.shape
+        if rows >= 8192 and rows >= 2 * cols and outputs[rows] <= 2 and rows not in inputs:
+            warnings.warn(
+                f"{entry.name} [{rows}, {cols}] looks like an embedding or a head, which Muon is not meant for: give the model "
+                "itself, Muon(model, ...), or put it in a group with use_muon=False",
+                stacklevel=5,
+            )
+            return
 
 
 def _with(options: OptimizerOptions, given: dict[str, Any]) -> OptimizerOptions:

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from muonlab.errors import InputError
 from muonlab.optim.options import Override
+from muonlab.optim.projections import linear_view, stack_view
 from muonlab.optim.views import View, describe
 
 
@@ -57,13 +59,13 @@ def route(model: nn.Module, overrides: Sequence[Override] = (), strict: bool = F
     dimensions > linear layer, convolution, attention, recurrent layer, transformers' Conv1D, expert stack. What is none of these is an unknown: it is
     treated as a vector, and one warning names them all (`strict`: an InputError).
     """
-    owners = _owners(model)
+    owners, parents = _owners(model), _parents(model)
     heads = _output_embeddings(model)
     routers = _routers(model)
     routes = []
     for name, param in model.named_parameters():
         if param.requires_grad:
-            kind, view, reason = _decide(param, owners[id(param)], heads, routers)
+            kind, view, reason = _decide(param, owners[id(param)], heads, routers, parents)
             routes.append(Route(name=name, param=param, kind=kind, view=view, reason=reason))
     classes = {key: [type(module).__name__ for module, _ in modules] for key, modules in owners.items()}
     routes = with_overrides(routes, overrides, classes)
@@ -98,7 +100,8 @@ def with_overrides(
 def overridden(entry: Route, override: Override) -> Route:
     """`entry` with what `override` sets."""
     view = entry.view
-    if override.split is not None:
+    if override.split is not None:  # in place of the split that routing found
+        view = tuple(operation for operation in view if operation[0] not in ("split", "interleaved"))
         view = (*view, ("split", override.axis, tuple(override.split)))
     if override.head_dim is not None:
         view = (*view, ("heads", override.axis, override.head_dim))
@@ -127,7 +130,9 @@ def _report_unknown(names: list[str], strict: bool) -> None:
 Owner = tuple[nn.Module, str]
 
 
-def _decide(param: Tensor, owners: list[Owner], heads: set[int], routers: set[int]) -> tuple[str, View, str]:
+def _decide(
+    param: Tensor, owners: list[Owner], heads: set[int], routers: set[int], parents: Mapping[int, Owner]
+) -> tuple[str, View, str]:
     module, local = owners[0]
     if any(isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) for owner, _ in owners):
         return "embedding", (), "embedding" if len(owners) == 1 else "embedding, tied"
@@ -139,10 +144,9 @@ def _decide(param: Tensor, owners: list[Owner], heads: set[int], routers: set[in
         return "router", (), "router"
     if param.ndim < 2:
         return "vector", (), "fewer than two dimensions"
+    parent, name = parents.get(id(module), (None, ""))
     if isinstance(module, nn.Linear) and local == "weight":
-        # A fused projection of our own models says how many outputs belong to each of its parts.
-        parts = getattr(module, "row_split", None)
-        return "hidden", (("split", 0, tuple(parts)),) if parts else (), "linear"
+        return "hidden", linear_view(module, parent, name, module.out_features), "linear"
     if isinstance(module, nn.modules.conv._ConvNd) and local == "weight":
         operation = "conv_transpose" if module.transposed else "conv"
         return "hidden", ((operation, module.groups),), "convolution"
@@ -153,21 +157,38 @@ def _decide(param: Tensor, owners: list[Owner], heads: set[int], routers: set[in
         gates = param.shape[0] // module.hidden_size
         return "hidden", (("split", 0, (module.hidden_size,) * gates),) if gates > 1 else (), "recurrent"
     if _is_transposed_linear(module) and local == "weight":
-        return "hidden", (("transpose",),), "linear, transposed"
+        return "hidden", (("transpose",), *linear_view(module, parent, name, param.shape[1])), "linear, transposed"
     if _expert_stack(module) is not None and param.shape[0] == _expert_count(module):
         if param.ndim == 2:
             return "vector", (), "expert biases"
-        return "hidden", (("transpose",),) if getattr(module, "is_transposed", False) else (), "expert stack"
+        return "hidden", stack_view(module, local), "expert stack"
+    if "." in local:
+        return "vector", (), "parametrization"
     return "vector", (), "unknown"
 
 
 def _owners(model: nn.Module) -> dict[int, list[Owner]]:
-    """id of a parameter -> the distinct modules that hold it, with its name there."""
+    """id of a parameter -> the distinct modules that hold it, with its name there.
+
+    Under torch's parametrizations (weight norm, spectral norm) the largest of the originals stands for the weight itself.
+    """
     owners: dict[int, list[Owner]] = {}
+    parents = _parents(model)
     for module in model.modules():
-        for local, param in module.named_parameters(recurse=False, remove_duplicate=False):
-            owners.setdefault(id(param), []).append((module, local))
+        own = list(module.named_parameters(recurse=False, remove_duplicate=False))
+        for local, param in own:
+            owner = (module, local)
+            if isinstance(module, ParametrizationList):
+                parametrized, weight = parents[id(module)]
+                largest = param.numel() == max(other.numel() for _, other in own)
+                owner = (parents[id(parametrized)][0], weight if largest else f"{weight}.{local}")
+            owners.setdefault(id(param), []).append(owner)
     return owners
+
+
+def _parents(model: nn.Module) -> dict[int, Owner]:
+    """id of a module -> the module that holds it, with its name there."""
+    return {id(child): (module, name) for module in model.modules() for name, child in module.named_children()}
 
 
 def _output_embeddings(model: nn.Module) -> set[int]:

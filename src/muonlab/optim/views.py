@@ -6,6 +6,7 @@ A view is a tuple of plain operations, so that it can be printed, compared and s
     ("conv", groups)            [out, in/groups, *kernel] -> [groups, out/groups, in/groups * kernel]
     ("conv_transpose", groups)  [in, out/groups, *kernel] -> [groups, out/groups * kernel, in/groups]
     ("split", axis, sizes)      fused projections along the rows (axis 0) or columns (axis 1), sizes may be uneven
+    ("interleaved", n)          rows that take turns, as gate and up of gpt-oss: n matrices of every n-th row
     ("heads", axis, size)       groups of `size` rows (axis 0) or columns (axis 1): one matrix a head
     ("tiles", size)             size x size tiles; those at the right and lower edge are smaller
 
@@ -77,6 +78,12 @@ def _split(stack: Tensor, axis: int, sizes: tuple[int, ...]) -> list[Tensor]:
     return list(torch.split(stack, list(sizes), dim=axis - 2))
 
 
+def _interleaved(stack: Tensor, count: int) -> list[Tensor]:
+    if count < 1 or stack.shape[-2] % count:
+        raise InputError(f"{stack.shape[-2]} rows cannot take turns among {count} matrices")
+    return [stack[..., i::count, :] for i in range(count)]
+
+
 def _heads(stack: Tensor, axis: int, size: int) -> list[Tensor]:
     length = stack.shape[axis - 2]
     if size < 1 or length % size:
@@ -111,6 +118,7 @@ def _whole_and_rest(length: int, size: int) -> list[int]:
 OPERATIONS: dict[str, Callable[..., list[Tensor]]] = {
     "transpose": _transpose,
     "split": _split,
+    "interleaved": _interleaved,
     "heads": _heads,
     "tiles": _tiles,
 }
