@@ -8,18 +8,20 @@ from pathlib import Path
 import muonlab
 
 ROOT = Path(muonlab.__file__).parent
+SHARED = {"errors", "files", "lazy"}
+FOUNDATIONS = {"models", "data", "optim"} | SHARED
 BELOW = {
-    "cli": {"flags", "report", "studies", "training", "diagnostics", "models", "data", "optim", "errors", "files"},
-    "flags": {"training", "errors"},
-    "report": {"studies", "training", "diagnostics", "models", "data", "optim", "errors", "files"},
-    "studies": {"training", "diagnostics", "models", "data", "optim", "errors", "files"},
-    "training": {"diagnostics", "models", "data", "optim", "errors", "files"},
-    "diagnostics": {"models", "data", "optim", "errors", "files"},
-    "models": {"errors"},
-    "data": {"errors", "files"},
-    "optim": {"errors"},
-    "files": set(),
-    "errors": set(),
+    "cli": {"flags", "bench", "report", "studies", "training", "diagnostics"} | FOUNDATIONS,
+    "flags": {"training"} | SHARED,
+    "report": {"studies", "training", "diagnostics"} | FOUNDATIONS,
+    "bench": {"studies", "training", "diagnostics"} | FOUNDATIONS,
+    "studies": {"training", "diagnostics"} | FOUNDATIONS,
+    "training": {"diagnostics"} | FOUNDATIONS,
+    "diagnostics": FOUNDATIONS,
+    "models": SHARED,
+    "data": SHARED,
+    "optim": SHARED,
+    **dict.fromkeys(SHARED, set()),
 }
 
 

@@ -3,7 +3,20 @@
 `import muonlab` imports torch and nothing else; the laboratory (`muonlab[lab]`) is imported when it is used.
 """
 
-from muonlab.optim import Lion, Muon, SophiaG, orthogonalize
+from typing import TYPE_CHECKING
+
+from muonlab.lazy import lazily
+
+if TYPE_CHECKING:
+    from muonlab.optim import Lion, Muon, SophiaG, orthogonalize
+
+_MODULES = {
+    "Lion": "muonlab.optim",
+    "Muon": "muonlab.optim",
+    "SophiaG": "muonlab.optim",
+    "orthogonalize": "muonlab.optim",
+}
+__getattr__, __dir__ = lazily(__name__, _MODULES)
 
 __version__ = "0.1.0"
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from muonlab.data import DataOptions
@@ -182,6 +181,8 @@ def replace(config: RunConfig[Any], **changes: Any) -> RunConfig[Any]:
 
 def resolve_machine(config: RunConfig[Any]) -> RunConfig[Any]:
     """Every `auto` replaced by what this machine gives: device, precision, threads, program, logit_chunk_bytes."""
+    import torch  # takes seconds: reading and checking configurations does without it
+
     training = config.training
     device = training.device
     if device == "auto":
@@ -213,7 +214,7 @@ def resolve_machine(config: RunConfig[Any]) -> RunConfig[Any]:
 
 def choose_program(wanted: str, device: str, precision: str) -> str:
     """What `auto` means here; InputError for a program that this device does not have."""
-    captured = torch.device(device).type == "cuda" and precision != "fp16"
+    captured = device.startswith("cuda") and precision != "fp16"
     if wanted == "auto":
         return "graph" if captured else "eager"
     if wanted == "graph" and not captured:
