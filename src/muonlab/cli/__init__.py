@@ -1,6 +1,7 @@
 """The command line: parse, call, print. Everything it does is one documented Python call.
 
-Here the arguments of every command; what a command does lies in `running` (runs and studies) and `looking` (all else).
+Here the arguments of every command; what a command does lies in `running` (runs and studies), `measuring` (speed) and
+`looking` (all else).
 """
 
 import argparse
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from muonlab import __version__
-from muonlab.cli import looking, running
+from muonlab.cli import looking, measuring, running
 from muonlab.errors import InputError
 
 DESCRIPTION = f"""muonlab {__version__}: Muon as a drop-in optimizer, and a laboratory that compares optimizers of language models."""
@@ -240,6 +241,27 @@ def parser() -> argparse.ArgumentParser:
     claims.add_argument("paths", nargs="*", metavar="DIR", help="folders of studies, or folders that hold such")
     claims.add_argument("--ledger", metavar="FILE", default="docs/claims.toml", help="the claims (docs/claims.toml)")
     claims.add_argument("-o", "--output", metavar="FILE", help="the page (default: beside the ledger, as .md)")
+
+    bench = add(
+        "bench",
+        measuring.cmd_bench,
+        "how fast: an optimizer's step, a training update, its kernels, beside every installed peer",
+        "muonlab bench step --sets moe-79m --peers muonlab torch-muon",
+    )
+    bench.add_argument("kind", metavar="{step,train,profile,all}")
+    bench.add_argument("--sets", nargs="+", metavar="NAME", help="step: sets of matrices, such as moe-79m")
+    bench.add_argument("--peers", nargs="+", metavar="NAME", help="step: optimizers (default: all that are installed)")
+    bench.add_argument("--models", nargs="+", metavar="NAME", help="train, profile: such as moe-79m")
+    bench.add_argument("--programs", nargs="+", metavar="NAME", help="train, profile: eager, compile, graph")
+    bench.add_argument("--optimizers", nargs="+", metavar="NAME", help="train, profile: muon, adamw")
+    bench.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    bench.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's own number)")
+    bench.add_argument("--repeats", type=int, help="measurements of each row")
+    bench.add_argument("--updates", type=int, help="train, profile: updates in one measurement")
+    bench.add_argument("--quick", action="store_true", help="something tiny in seconds, to try it out")
+    bench.add_argument(
+        "-o", "--output", metavar="FILE.json", help="where to write the result, with a figure beside it; all: a folder"
+    )
 
     add("doctor", looking.cmd_doctor, "what muonlab finds on this machine", "muonlab doctor")
     return top

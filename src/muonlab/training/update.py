@@ -133,6 +133,8 @@ class Update:
         self.random = noisy or self.curvature_every is not None
         self.kinds = list(applied_lr(optimizer))
         self.calls = 0
+        self.on_phase: Callable[[str], None] | None = None
+        """Called as forward, backward, optimizer and end begin, for a benchmark's clock; a graph holds what it then does."""
         self._wants_graph = config.training.program == "graph"
         self._captured: Captured | None = None
         self._not_captured: str | None = None
@@ -202,17 +204,21 @@ class Update:
             rows = slice(index * training.micro_batch_size, (index + 1) * training.micro_batch_size)
             ids = None if document_ids is None else document_ids[rows]
             sums += self._add_gradients(inputs[rows], targets[rows], ids) / training.accumulation
+        self._phase("optimizer")
         self.precision.scaler.unscale_(self.optimizer)
         grad_norm = self._clip()
         rates = self._rates(inputs.device)
         self.precision.scaler.step(self.optimizer)
         self.precision.scaler.update()
+        self._phase("end")
         return torch.cat([sums, grad_norm.view(1), rates])
 
     def _add_gradients(self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None) -> Tensor:
         """Forward and backward pass of one micro-batch; its loss and objective [2]."""
         try:
+            self._phase("forward")
             loss, objective = self.micro_step(inputs, targets, document_ids)
+            self._phase("backward")
             scaled = self.precision.scaler.scale(objective / self.config.training.accumulation)
             scaled.backward()  # type: ignore[no-untyped-call]
         except Exception as error:
@@ -222,6 +228,10 @@ class Update:
             return self._add_gradients(inputs, targets, document_ids)
         self.micro_step.worked = True
         return torch.stack([loss, objective.detach()])
+
+    def _phase(self, name: str) -> None:
+        if self.on_phase is not None:
+            self.on_phase(name)
 
     def _estimate_curvature(self, inputs: Tensor, document_ids: Tensor | None) -> None:
         """Sophia-G's extra pass over the update's inputs, on labels that the model itself draws."""
