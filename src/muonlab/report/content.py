@@ -59,6 +59,12 @@ def answer(verdict: Mapping[str, Any], *, holm: float | None) -> dict[str, Any]:
         facts.append(
             f"{verdict['confidence']:.0%} interval {style.signed(low)} to {style.signed(high)} from {_seeds(verdict)}."
         )
+    failed = verdict.get("failed") or {}
+    facts += [
+        f"{name} failed on seed {style.short(failed[side])}: no pair counts there."
+        for side, name in (("candidate", candidate), ("reference", reference))
+        if failed.get(side)
+    ]
     effect = series.number(verdict.get("detectable_effect"))
     if math.isfinite(effect):
         facts.append(f"A true difference of {style.loss(effect)} would have been found in 8 of 10 such studies.")
@@ -102,7 +108,7 @@ def strips(verdicts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | None]
             result.append(None)
             continue
         seeds = verdict.get("seeds") or range(1, len(values) + 1)
-        ends = [series.number(bound) for bound in verdict["interval"]]
+        ends = [series.number(bound) for bound in verdict.get("interval") or (None, None)]
         bar = (place(ends[0]), place(ends[1]) - place(ends[0])) if all(map(math.isfinite, ends)) else None
         dots = [
             {"at": place(value), "title": f"seed {seed}: {style.signed(value)} nats"}

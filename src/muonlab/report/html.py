@@ -106,7 +106,10 @@ def study_page(material: Material) -> str:
         summary={"stale": (), "flags": (), "command": None, "reference": None, **summary},
         origin=study_text.origin(summary),
         answers=answers,
-        strips=[content.strips([answer["verdict"]])[0] if answer["verdict"] else None for answer in answers],
+        strips=content.strips([answer["verdict"] or {} for answer in answers]),
+        cards=study_content.CARDS,
+        key=study_content.highlighted(summary),
+        groups_of={row["cell"]: row["group"] for row in cells},
         judged=len(contrasts),
         contrasts=contrasts,
         recommended=study_text.recommendations(summary),
@@ -115,6 +118,7 @@ def study_page(material: Material) -> str:
         published_note=study_content.published_note(summary),
         published_keys=keys,
         sweeps=[(line, study_tables.bounds(line), study_tables.optimum(line)) for line in sweeps if line.found],
+        sweep_colors=study_interactive.sweep_colors(sweeps),
         sensitivity_places=[place for place in drawn if place.startswith("sensitivity-")],
         heat=heat,
         effects=effects,
@@ -153,7 +157,11 @@ def _page(template: str, **values: Any) -> str:
     """A template filled in, with plotly.js inlined once."""
     from plotly.offline import get_plotlyjs
 
-    return _environment().get_template(template).render(plotly=get_plotlyjs(), delta=series.DELTA, **values)
+    return (
+        _environment()
+        .get_template(template)
+        .render(plotly=get_plotlyjs(), delta=series.DELTA, kind=template.split(".")[0], **values)
+    )
 
 
 def _environment() -> jinja2.Environment:

@@ -72,6 +72,8 @@ class Line:
     symbol: str = "circle"
     cell: str | None = None
     """Set where a group has several: the page's search finds it by this."""
+    strong: bool = True
+    """Whether it gets a band and its seeds; a weak line is its mean alone."""
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -82,8 +84,8 @@ def loss_curves(curves: Sequence[tuple[Line, series.Curve]], split: str) -> dict
     """Validation loss: the mean of each line, its band, and every seed as a thin line; the first in front."""
     if not curves:
         return None
-    few = sum(len(curve.seeds) for _, curve in curves) <= MOST_SEEDS
-    points = max(20, min(250, MOST_POINTS // (len(curves) * (4 if few else 3))))
+    few = all(line.strong for line, _ in curves) and sum(len(curve.seeds) for _, curve in curves) <= MOST_SEEDS
+    points = max(20, min(250, MOST_POINTS // sum(4 if line.strong else 1 for line, _ in curves)))
     traces: list[Trace] = []
     for line, curve in reversed(curves):
         traces += _curve_traces(line, curve.thinned(points), each=few)
@@ -95,7 +97,7 @@ def _curve_traces(line: Line, curve: series.Curve, each: bool) -> list[Trace]:
     xs: dict[str, list[Any]] = {"updates": curve.updates, "tokens": curve.tokens, "seconds": _rounded(curve.seconds, 2)}
     there_and_back = {key: [*values, *reversed(values)] for key, values in xs.items()}
     traces: list[Trace] = []
-    if len(curve.seeds) > 1:
+    if line.strong and len(curve.seeds) > 1:
         traces.append(
             {
                 "x": there_and_back["updates"],
@@ -126,8 +128,8 @@ def _curve_traces(line: Line, curve: series.Curve, each: bool) -> list[Trace]:
             "y": _rounded(curve.mean),
             "name": text(line.name),
             "mode": "lines+markers" if len(curve.updates) <= 60 else "lines",
-            "line": {"color": line.color, "width": 2.4},
-            "marker": {"color": line.color, "symbol": line.symbol, "size": 7},
+            "line": {"color": line.color, "width": 2.4 if line.strong else 1.4},
+            "marker": {"color": line.color, "symbol": line.symbol, "size": 7 if line.strong else 4},
             "hovertemplate": f"<b>{text(line.name)}</b>, mean of {len(curve.seeds)}: %{{y:.4f}} nats at %{{x:,}}<extra></extra>",
             "meta": {**line.meta, "x": xs},
         }
@@ -252,7 +254,10 @@ def training_curves(
 def optimizer_lines(material: Material) -> dict[str, Line]:
     """The look of each optimizer of a comparison."""
     names = material.summary["optimizers"]
-    return {name: Line(name=name, group=name, **_look(material, name)) for name in names}
+    looks = {name: _look(material, name) for name in names}
+    return {
+        name: Line(name=name, group=name, color=look["color"], symbol=look["symbol"]) for name, look in looks.items()
+    }
 
 
 def _look(material: Material, name: str) -> dict[str, str]:

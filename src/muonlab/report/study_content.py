@@ -234,14 +234,16 @@ def total(runs: Sequence[Mapping[str, Any]], key: str) -> int | None:
 
 
 def highlighted(summary: Mapping[str, Any], count: int = len(style.PALETTE)) -> dict[str, str]:
-    """Cells that figures name, best first, the reference always among them -> colour; the only cell of a group has its colour."""
+    """Cells that figures name, best first, the reference always among them -> colour."""
     rows = cell_rows(summary)
     names = [row["cell"] for row in rows]
     kept = names[:count]
     reference = summary.get("reference")
     if reference in names and reference not in kept:
         kept = [*kept[:-1], reference]
-    groups = [cell["group"] for cell in summary["cells"]]
-    alone = {cell["cell"]: cell["group"] for cell in summary["cells"] if groups.count(cell["group"]) == 1}
-    colors = style.colors([alone.get(name, name) for name in kept])
-    return {name: colors[alone.get(name, name)] for name in kept}
+    key: dict[str, str] = {}  # the best cell of each group is drawn in the group's colour
+    for row in rows:
+        if row["cell"] in kept:
+            key[row["cell"]] = row["group"] if row["group"] not in key.values() else row["cell"]
+    colors = style.colors(list(key.values()))
+    return {name: colors[key[name]] for name in kept}

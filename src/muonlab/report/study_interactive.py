@@ -13,6 +13,8 @@ from muonlab.report.study_content import cell_curves
 from muonlab.report.surveys import pareto_front
 from muonlab.studies.curves import PerformanceProfile
 
+MOST_TICKS = 9
+"""Values of an axis up to which each is written below it."""
 QUANTITIES = (("loss", "report split, nats per token", 1.0), ("memory", "peak memory, GB", 1e9), ("seconds", "training seconds", 1.0))  # fmt: skip
 
 
@@ -31,7 +33,7 @@ def figures(
         curves=loss_curves([(line, curves[name]) for name, line in lines.items() if name in curves], split),
         training=training_curves(runs, "loss", "training batch, nats per token"),
         gradients=training_curves(runs, "grad_norm", "gradient norm before clipping", log=True),
-        cost=cost(cells, lines),
+        pareto=cost(cells, lines),
         profile=profile(profile_, lines) if profile_ else None,
     )
     for number, axis in enumerate(dict.fromkeys(line.axis for line in sweeps)):
@@ -53,13 +55,18 @@ def too_many(material: Material) -> bool:
 def lines_of(summary: Mapping[str, Any]) -> dict[str, Line]:
     """The look of each cell, best first: those that figures name in full colours, the others in pale ones."""
     named = content.highlighted(summary)
-    rows = content.cell_rows(summary)
     lines = {}
-    for place, row in enumerate(rows):
+    for place, row in enumerate(content.cell_rows(summary)):
         slot = place % len(style.PALETTE)
-        color = named.get(row["cell"]) or style.pale(style.PALETTE[slot])
-        symbol = style.PLOTLY_MARKERS[slot]
-        lines[row["cell"]] = Line(name=row["cell"], group=row["group"], color=color, symbol=symbol, cell=row["cell"])
+        strong = row["cell"] in named
+        lines[row["cell"]] = Line(
+            name=row["cell"],
+            group=row["group"],
+            color=named[row["cell"]] if strong else style.pale(style.PALETTE[slot]),
+            symbol=style.PLOTLY_MARKERS[slot],
+            cell=row["cell"],
+            strong=strong,
+        )
     return lines
 
 
@@ -73,11 +80,11 @@ def sensitivity(sweeps: Sequence[Sweep]) -> dict[str, Any] | None:
     top, bottom = series.ceiling(losses), min(finite)
     span = (top - bottom) or 0.1
     shown = sweeps[: len(style.PALETTE)]
-    colors = style.colors([line.label for line in shown])
     slots = style.slots([line.label for line in shown])
     traces: list[Trace] = []
+    colors = sweep_colors(sweeps)
     for place, line in reversed(list(enumerate(sweeps))):
-        color = colors.get(line.label) or style.pale(style.PALETTE[place % len(style.PALETTE)])
+        color = colors[line.label]
         symbol = style.PLOTLY_MARKERS[slots.get(line.label, place) % len(style.PLOTLY_MARKERS)]
         kept = [point for point in line.points if math.isfinite(point["loss"]) or point["failed"]]
         traces.append(
@@ -113,11 +120,25 @@ def sensitivity(sweeps: Sequence[Sweep]) -> dict[str, Any] | None:
                     "meta": {"group": line.group, "cell": " ".join(point["cell"] for point in kept)},
                 }
             )
-    ticks = {"type": "log", "dtick": 1, "tickformat": "~g", "minor": {"ticks": "outside", "showgrid": False}}
-    if max(p["x"] for p in points) < 10 * min(p["x"] for p in points):
-        ticks |= {"dtick": "D2"}
+    tried = sorted({point["x"] for point in points})
+    ticks: dict[str, Any] = {
+        "type": "log",
+        "dtick": 1,
+        "tickformat": "~g",
+        "minor": {"ticks": "outside", "showgrid": False},
+    }
+    if len(tried) <= MOST_TICKS:
+        ticks = {"type": "log", "tickvals": tried, "ticktext": [style.label(x) for x in tried]}
     limits = [bottom - (0.12 + 0.05 * len(shown)) * span, top + 0.16 * span]
     return figure(traces, text(sweeps[0].axis), "report split, nats per token", xaxis=ticks, yaxis={"range": limits})
+
+
+def sweep_colors(sweeps: Sequence[Sweep]) -> dict[str, str]:
+    """Label of each line -> its colour: full ones for the best, pale ones for the rest."""
+    names = [line.label for line in sweeps]
+    rest = names[len(style.PALETTE) :]
+    pale = {name: style.pale(style.PALETTE[i % len(style.PALETTE)]) for i, name in enumerate(rest)}
+    return style.colors(names[: len(style.PALETTE)]) | pale
 
 
 def cost(rows: Sequence[Mapping[str, Any]], lines: Mapping[str, Line]) -> dict[str, Any] | None:
@@ -203,7 +224,7 @@ def effect(found: Effect, key: str, label: str, unit: float) -> dict[str, Any] |
     if not traces:
         return None
     axis = {"type": "category", "categoryorder": "array", "categoryarray": names}
-    return figure(traces, text(found.axis), label, xaxis=axis, height=300)
+    return figure(traces, text(found.axis), label, xaxis=axis, yaxis={"rangemode": "nonnegative"}, height=300)
 
 
 def _half(row: Mapping[str, Any]) -> str:
