@@ -80,20 +80,26 @@ def cmd_runs(options: Any) -> None:
 
 
 def cmd_report(options: Any) -> None:
-    from muonlab.report import write_comparison, write_exports, write_run
-    from muonlab.studies.compare import SUMMARY
+    from muonlab.report import print_side_by_side, print_study, write_report, write_run
+    from muonlab.studies.judge import PLAN, SUMMARY, judge
     from muonlab.training.tracking import find_runs
 
+    studies = [path for path in map(Path, options.paths) if (path / PLAN).exists()]
     for path in map(Path, options.paths):
+        if path in studies:
+            judge(path)  # the summary is written again from the run directories
+            print_study(path)
         if (path / SUMMARY).exists():
-            written = write_comparison(path) + write_exports(path)
+            written = write_report(path)
         else:
             runs = find_runs(path)
             if not runs:
-                raise InputError(f"{path} holds neither a comparison nor a run")
+                raise InputError(f"{path} holds neither a comparison, a study nor a run")
             written = [file for run in runs for file in [write_run(run)]]
         for file in written:
             print(file)
+    if len(studies) > 1:
+        print_side_by_side(studies)
 
 
 def cmd_claims(options: Any) -> None:
