@@ -235,7 +235,7 @@ class MuonOptions(OptimizerOptions):
     equilibrate_rows: bool = False
     """Bring all rows to the same norm before the orthogonalisation (MuonEq)."""
     sign_momentum: bool = False
-    """Orthogonalise the signs of the momentum (AdaMuon, with normuon_axis="entries" and renormalize)."""
+    """Orthogonalise the signs of the momentum (AdaMuon, with normuon_axis="entries")."""
     renormalize: bool = False
     """Give the update the Frobenius norm of an exactly orthogonal matrix (Muon+)."""
     normuon_beta: float | None = None

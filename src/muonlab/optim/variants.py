@@ -109,11 +109,12 @@ def renormalized(update: Tensor) -> Tensor:
 
 
 def normalized(update: Tensor, second_moment: Tensor, beta: Number, axis: str = "rows") -> Tensor:
-    """The update over the root of the running mean of its squares, at an unchanged Frobenius norm.
+    """The update over the root of the running mean of its squares, brought back to its Frobenius norm.
 
     `second_moment`, advanced in place, has one number for every row [..., m, 1] (axis "rows": NorMuon,
     https://arxiv.org/abs/2510.05491), for whichever of rows and columns are more ("long", as nanochat does), or for every
-    entry ("entries": AdaMuon, https://arxiv.org/abs/2507.11005). What has no update keeps its number.
+    entry ("entries": AdaMuon, https://arxiv.org/abs/2507.11005, with the norm of an exactly orthogonal matrix). What has no
+    update keeps its number.
     """
     update = widened(update)
     squares = update.square().to(second_moment.dtype)
@@ -121,7 +122,8 @@ def normalized(update: Tensor, second_moment: Tensor, beta: Number, axis: str = 
     if across:
         squares = squares.mean(across, keepdim=True)
     second_moment.lerp_(torch.where(squares > 0, squares, second_moment), weight(1 - beta, second_moment))
-    return with_norm(update * second_moment.clamp(min=1e-10).rsqrt(), frobenius(update))
+    norm = math.sqrt(min(update.shape[-2:])) if axis == "entries" else frobenius(update)
+    return with_norm(update * second_moment.clamp(min=1e-10).rsqrt(), norm)
 
 
 def sized_by_gradient(
