@@ -96,12 +96,12 @@ def test_intervals_cover_the_true_difference_of_what_was_chosen_in_95_percent_of
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("search", ["grid", "sobol", "halton", "halving"])
-def test_the_choice_of_every_search_leaves_the_level_as_it_is(search):
-    # 600 studies: 5 % plus and minus two and a half standard errors
-    results = list(studies(600, flat, "muon", "adamw", seed=12, search=search))
-    assert share(results, told_apart) <= 0.072
-    assert 0.928 <= share(results, covered) <= 0.972
+@pytest.mark.parametrize(("search", "seed"), [("grid", 20), ("sobol", 30), ("halton", 40), ("halving", 50)])
+def test_the_choice_of_every_search_leaves_the_level_as_it_is(search, seed):
+    # 500 studies: 5 % plus and minus two and a half standard errors
+    assert share(studies(500, flat, "muon", "adamw", seed=seed, search=search), told_apart) <= 0.075
+    intervals = share(studies(500, valleys, "muon", "adamw", seed=seed + 1, search=search, seeds=4), covered)
+    assert 0.925 <= intervals <= 0.975
 
 
 @pytest.mark.slow
