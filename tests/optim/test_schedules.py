@@ -13,7 +13,7 @@ from muonlab.errors import InputError
 from muonlab.optim import SCHEDULES, Schedule, applied_lr, set_lr, set_momentum
 from muonlab.optim.schedules import momentum_warmup
 
-DECAYING = [kind for kind in SCHEDULES if kind != "constant"]
+DECAYING = [kind for kind in SCHEDULES if kind not in ("constant", "rising")]
 
 
 def factors(updates=100, **options):
@@ -108,3 +108,11 @@ def test_a_stretched_shape_is_cut_off_where_the_run_ends(kind, last):
     assert rates == [replace(schedule, stretch=1.0).factor(update, 500) for update in range(125)]
     assert rates.index(1.0) == 24  # a warm-up of 25 updates: a fifth of the run, where 5 % were meant
     assert rates[-1] == pytest.approx(last, abs=2.5e-3)  # the logs are one update further
+
+
+def test_a_range_test_multiplies_the_rate_by_the_same_ratio_at_every_update():
+    """The nanochat guide's: 1e-8, then 1.01 times as much at each of 1,000 steps."""
+    peak = 1e-8 * 1.01**999
+    rates = [peak * factor for factor in factors(1000, kind="rising", warmup=0.0, final=1.01**-999)]
+    assert rates[0] == pytest.approx(1e-8)
+    assert [b / a for a, b in itertools.pairwise(rates)] == pytest.approx([1.01] * 999)

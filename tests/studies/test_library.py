@@ -33,7 +33,7 @@ CELLS = {
     "strategies": 5 * 3,
     "momentum-warmup": 6,
     "warmdown": 2 * 6 + 2,
-    "range-test": 2 * 9 + 2 * 5,
+    "range-test": 2 * 9 + 2 * 5 + 2,
     # seed 004: AdamW, whole matrices, 1024, 512, 256, 192
     "block-size": 6,
     "block-rates": 5 * 3,
@@ -402,7 +402,10 @@ def test_range_test_holds_both_ends_that_the_guides_range_misses():
     assert along(study, "muon", "lr")[-1] == 1.0
     assert along(study, "adamw", "lr")[0] == 1e-5
     assert along(study, "adamw", "lr")[-1] == 0.1
-    assert {entry.config.schedule.kind for entry in study.cells} == {"constant"}
+    assert {c.config.schedule.kind for c in study.cells if c.values} == {"constant"}
+    ramp = cell(study, "muon_ramp").config
+    assert ramp.optimizer.lr * ramp.schedule.factor(0, 100) == pytest.approx(1e-6)
+    assert ramp.schedule.factor(99, 100) == 1.0
 
 
 def test_block_sizes_are_the_seeds_and_an_eighth_of_them_at_the_micro_scale():

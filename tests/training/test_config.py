@@ -1,6 +1,9 @@
 """Configurations: names, TOML and flags resolve to one frozen value; what is misspelt is named with its neighbour."""
 
+import tomllib
+
 import pytest
+import tomli_w
 from pydantic import ValidationError
 from runs import tiny
 
@@ -16,6 +19,12 @@ def test_a_configuration_survives_the_way_through_plain_values(optimizer):
     config = from_dict({"optimizer": optimizer})
     assert from_dict(config.to_dict()) == config
     assert from_dict(without_none(config.to_dict())) == config
+
+
+def test_nested_options_that_are_not_set_survive_the_file(tmp_path):
+    config = tiny(optimizer={"overrides": [{"name": "*router*", "kind": "hidden"}]})
+    text = tomli_w.dumps(without_none(config.to_dict()))
+    assert from_dict(tomllib.loads(text)) == config
 
 
 def test_a_preset_takes_overrides_and_an_explicit_table_needs_no_preset():

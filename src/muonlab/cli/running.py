@@ -210,6 +210,7 @@ def _run_study(study: Any, options: Any) -> int:
 
     from muonlab.report import print_study, write_study
     from muonlab.report.live import StudyProgress
+    from muonlab.studies.judge import SUMMARY
     from muonlab.studies.run import changes, plan_study, run_study
     from muonlab.training.loop import interruptible
 
@@ -226,6 +227,7 @@ def _run_study(study: Any, options: Any) -> int:
             print(notice)
     console = Console()
     updates = max(cell.config.training.updates for cell in study.cells)
+    before = read_bytes(directory / SUMMARY)
     with interruptible() as stop, StudyProgress(study.runs, updates, workers, console, options.quiet) as show:
         summary = run_study(
             planned,
@@ -235,11 +237,17 @@ def _run_study(study: Any, options: Any) -> int:
             on_progress=show,
             should_stop=stop.is_set,
         )
-    written = write_study(directory)
     print_study(directory, console)
-    for path in written:
-        print(path)
+    if read_bytes(directory / SUMMARY) == before and (directory / "report.html").exists():
+        print(f"nothing had to be run; {directory / 'report.html'} is as it was")
+    else:
+        for path in write_study(directory):
+            print(path)
     return 0 if all(run["status"] == "finished" for cell in summary["cells"] for run in cell["runs"]) else 1
+
+
+def read_bytes(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
 
 
 def print_library(studies: Mapping[str, Path], scale: str) -> None:

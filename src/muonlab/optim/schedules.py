@@ -19,6 +19,7 @@ SCHEDULES: dict[str, str] = {
     "linear": "a straight line from the peak to the final fraction",
     "exponential": "the same ratio from update to update, from the peak to the final fraction",
     "step": "equal stages, each lower than the one before by the same ratio, the last at the final fraction",
+    "rising": "the same ratio from update to update, from the final fraction up to the peak: a learning-rate range test",
     "wsd": "the peak, then a straight line to the final fraction over the last `decay` of all updates",
 }
 """Names and one-line summaries."""
@@ -28,7 +29,7 @@ SCHEDULES: dict[str, str] = {
 class Schedule:
     """The fraction of the peak learning rate at each update of a run of known length."""
 
-    kind: Literal["cosine", "constant", "linear", "exponential", "step", "wsd"] = "cosine"
+    kind: Literal["cosine", "constant", "linear", "exponential", "step", "rising", "wsd"] = "cosine"
     """Shape of the decay after the warm-up."""
     warmup: float = 0.05
     """Fraction of all updates in which the factor rises linearly to 1."""
@@ -54,7 +55,7 @@ class Schedule:
         for name in ("warmup", "final", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"schedule.{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.kind in ("exponential", "step") and self.final == 0:
+        if self.kind in ("exponential", "step", "rising") and self.final == 0:
             raise InputError(f"schedule.final must be above 0 for the {self.kind} schedule, which multiplies")
         if not 1 <= self.stretch < math.inf:
             raise InputError(f"schedule.stretch must be at least 1, got {self.stretch}")
@@ -145,5 +146,6 @@ _SHAPES: dict[str, Callable[[float, Schedule], float]] = {
     "linear": lambda t, s: 1 - (1 - s.final) * t,
     "exponential": lambda t, s: float(s.final**t),
     "step": _step_shape,
+    "rising": lambda t, s: float(s.final ** (1 - t)),
     "wsd": lambda t, s: 1 - (1 - s.final) * t,
 }

@@ -205,14 +205,14 @@ def _group_contrasts(
 def _sensitivity(plan: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """How the loss depends on every logarithmic axis, for each group and each setting of the other axes."""
     found = []
-    for axis in (axis for axis in plan["axes"] if axis["log"]):
+    for name in dict.fromkeys(axis["name"] for axis in plan["axes"] if axis["log"]):  # groups may have axes of one name
         lines: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
         for cell in cells:
-            if axis["name"] in cell["values"]:
-                rest = {key: value for key, value in cell["values"].items() if key != axis["name"]}
+            if name in cell["values"]:
+                rest = {key: value for key, value in cell["values"].items() if key != name}
                 lines.setdefault((cell["group"], json.dumps(rest, sort_keys=True)), []).append(cell)
         for (group, rest_text), line in lines.items():
-            rates = [float(cell["values"][axis["name"]]) for cell in line]
+            rates = [float(cell["values"][name]) for cell in line]
             means = [
                 math.inf if any(run["status"] == "diverged" for run in cell["runs"]) else cell["mean"] for cell in line
             ]
@@ -225,7 +225,7 @@ def _sensitivity(plan: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) ->
             found.append(
                 {
                     "group": group,
-                    "axis": axis["name"],
+                    "axis": name,
                     "rest": json.loads(rest_text),
                     **asdict(width),
                     "optimum": asdict(fit) if fit else None,

@@ -135,9 +135,13 @@ class RunDirectory:
             raise InputError(f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}") from None
 
 
-def without_none(value: dict[str, Any]) -> dict[str, Any]:
-    """Nested values without those that are None: TOML has none, and the defaults bring them back."""
-    return {k: without_none(v) if isinstance(v, dict) else v for k, v in value.items() if v is not None}
+def without_none(value: Any) -> Any:
+    """Nested values without keys whose value is None: TOML has none, and the defaults bring them back."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [without_none(item) for item in value]
+    return value
 
 
 def stored_run_id(path: Path) -> str | None:
