@@ -21,7 +21,7 @@ BELOW = {
     "models": SHARED,
     "data": SHARED,
     "optim": SHARED,
-    **dict.fromkeys(SHARED, set()),
+    **{name: set() for name in SHARED},
 }
 
 

@@ -45,7 +45,7 @@ def test_fields_of_one_axis_move_together(tmp_path):
     found = cells(written(tmp_path, axes=axes, published=None))
     rates = [(c.config.optimizer.lr, c.config.optimizer.embedding_lr) for n, c in found.items() if n != "adam"]
     assert rates == [(0.07, 0.007), (0.03, 0.003)]
-    assert list(found)[0] == "muon lr=0.07"
+    assert next(iter(found)) == "muon lr=0.07"
 
 
 def test_a_log_range_has_a_constant_ratio_and_both_ends(tmp_path):
@@ -76,7 +76,8 @@ def test_a_version_changes_what_it_says_and_nothing_else(tmp_path):
     decay = {cell.name: cell.config.optimizer.weight_decay for cell in published.cells}
     assert decay == {"muon lr=0.005": 0.0, "muon lr=0.02": 0.0, "muon lr=0.08": 0.0, "adam": 0.1}
     assert {c.config.optimizer.weight_decay for c in corrected.cells if c.group == "muon"} == {0.2}
-    assert published.published_applies and not corrected.published_applies
+    assert published.published_applies
+    assert not corrected.published_applies
 
 
 def test_a_scale_has_its_own_sizes_and_seeds_and_no_published_numbers(tmp_path):
