@@ -3,13 +3,14 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from muonlab.studies.executor import Progress
+if TYPE_CHECKING:
+    from muonlab.studies.executor import Progress
 
 
 def clock(seconds: float) -> str:
@@ -64,7 +65,7 @@ class StudyProgress:
         self.reported: set[int] = set()
         self.live = Live(console=console, refresh_per_second=2) if console.is_terminal and not quiet else None
 
-    def __enter__(self) -> Callable[[list[Progress]], None]:
+    def __enter__(self) -> Callable[[list["Progress"]], None]:
         if self.live is not None:
             self.live.start()
         return self.show
@@ -73,13 +74,13 @@ class StudyProgress:
         if self.live is not None:
             self.live.stop()
 
-    def time_left(self, states: Sequence[Progress]) -> float:
+    def time_left(self, states: Sequence["Progress"]) -> float:
         """Seconds until the whole study is done, at the rate of updates so far."""
         done = sum(state.update for state in states)
         rate = done / (time.monotonic() - self.began)
         return (self.runs * self.updates - done) / rate if rate > 0 else math.inf
 
-    def show(self, states: list[Progress]) -> None:
+    def show(self, states: list["Progress"]) -> None:
         if self.live is not None:
             self.live.update(self.table(states))
             return
@@ -98,10 +99,10 @@ class StudyProgress:
                 )
 
     @staticmethod
-    def loss(state: Progress) -> str:
+    def loss(state: "Progress") -> str:
         return "" if state.loss is None else f", train loss {state.loss:.4f}"
 
-    def table(self, states: list[Progress]) -> Table:
+    def table(self, states: list["Progress"]) -> Table:
         table = Table(
             title=f"{sum(s.status == 'finished' for s in states)} of {self.runs} runs, {clock(self.time_left(states))} left"
         )

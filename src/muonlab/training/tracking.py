@@ -15,7 +15,6 @@ from typing import Any
 import filelock
 import numpy
 import tomli_w
-import torch
 
 import muonlab
 from muonlab.errors import InputError
@@ -55,6 +54,8 @@ def finite(value: Any) -> Any:
 @cache
 def versions() -> dict[str, str]:
     """Versions of what made the numbers; `code` is a digest of the rooms that decide them."""
+    import torch  # takes seconds: reading runs does without it
+
     root = Path(muonlab.__file__).parent
     digest = hashlib.sha256()
     for room in ROOMS_THAT_DECIDE:
