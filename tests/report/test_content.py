@@ -171,9 +171,11 @@ def test_several_verdicts_carry_holm_values():
         "confidence": 0.95,
         "verdict": "not distinguishable",
     }
-    verdicts = [{**base, "candidate": c, "reference": "adamw", "p_value": p} for c, p in (("a", 0.01), ("b", 0.04))]
+    pairs = (("a", 0.01, 0.02), ("b", 0.04, 0.04))
+    verdicts = [{**base, "candidate": c, "reference": "adamw", "p_value": p, "holm": h} for c, p, h in pairs]
     answers = content.answers({"optimizers": ["a", "b", "adamw"], "verdicts": verdicts})
     assert [answer["holm"] for answer in answers] == pytest.approx([0.02, 0.04])
+    assert content.answers({"optimizers": ["a", "adamw"], "verdicts": verdicts[:1]})[0]["holm"] is None
 
 
 def test_differing_keys_are_found_at_any_depth():

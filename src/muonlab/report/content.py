@@ -10,18 +10,16 @@ from muonlab.report.differences import differing, routing_rules
 from muonlab.report.reading import Material, finals_of
 from muonlab.report.threats import not_learned
 from muonlab.studies.curves import lr_optimum
-from muonlab.studies.statistics import holm
 
 
 def answers(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One answer per pair: the verdict as a headline in plain words, what it amounts to, and what to do next."""
     stuck = not_learned(summary)
     verdicts = summary.get("verdicts", ())
-    corrected = holm([p if math.isfinite(p := series.number(v.get("p_value"))) else 1.0 for v in verdicts])
     result = []
-    for verdict, adjusted in zip(verdicts, corrected):
+    for verdict in verdicts:
         pair = (verdict["candidate"], verdict["reference"])
-        found = answer(verdict, holm=adjusted if len(corrected) > 1 else None)
+        found = answer(verdict, family=len(verdicts))
         both = [name for name in pair if name in stuck]
         if both:
             found["facts"].insert(
@@ -39,8 +37,8 @@ def answers(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     return result
 
 
-def answer(verdict: Mapping[str, Any], *, holm: float | None) -> dict[str, Any]:
-    """One paired verdict in plain words; `holm` is its p-value corrected for the family, None where there is none."""
+def answer(verdict: Mapping[str, Any], *, family: int = 1) -> dict[str, Any]:
+    """One paired verdict of a family of so many in plain words."""
     candidate, reference, word = verdict["candidate"], verdict["reference"], verdict.get("verdict")
     mean = series.number(verdict.get("mean"))
     low, high = (series.number(bound) for bound in verdict.get("interval") or (None, None))
@@ -75,7 +73,7 @@ def answer(verdict: Mapping[str, Any], *, holm: float | None) -> dict[str, Any]:
         "facts": facts,
         "next": _next(verdict),
         "p_value": series.number(verdict.get("p_value")),
-        "holm": holm,
+        "holm": verdict.get("holm") if family > 1 else None,
         "sentence": verdict.get("sentence"),
         "group": candidate,
     }

@@ -122,6 +122,7 @@ def study_page(material: Material) -> str:
         sensitivity_places=[place for place in drawn if place.startswith("sensitivity-")],
         heat=heat,
         effects=effects,
+        several_axes=len(study_content.axes_of(summary)) > 1,
         workloads="pairs of target and seed" if len(targets) > 1 else "seeds",
         profile_target=", ".join(f"{target:g} nats" for target in targets) or "the final loss of the median cell",
         targets=study_content.target_rows(summary),

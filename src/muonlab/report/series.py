@@ -1,7 +1,7 @@
 """Numbers of runs in the form that a figure draws. Shared by the PNG and the interactive figures."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,8 +179,13 @@ def thinned(values: Sequence[Any], points: int = 250) -> list[Any]:
     return [values[round(i * step)] for i in range(points)]
 
 
-def ordered(values: Any) -> list[Any]:
+def ordered(values: Iterable[Any]) -> list[Any]:
     """Distinct values, numbers by size and before words, which stay in the order they came in."""
-    distinct = list(dict.fromkeys(value for value in values if value is not None))
+    distinct = list(dict.fromkeys(hashable(value) for value in values if value is not None))
     numbers = [value for value in distinct if isinstance(value, int | float)]
     return [*sorted(numbers), *(value for value in distinct if not isinstance(value, int | float))]
+
+
+def hashable(value: Any) -> Any:
+    """A value of an axis as a key: lists as tuples."""
+    return tuple(map(hashable, value)) if isinstance(value, list) else value

@@ -8,7 +8,7 @@ from typing import Any
 
 from muonlab.report import series, style
 from muonlab.report.reading import Material, runs_of
-from muonlab.report.study_content import cell_rows
+from muonlab.report.study_content import axes_of, cell_rows
 from muonlab.studies.curves import PerformanceProfile, performance_profile, to_target
 
 
@@ -34,7 +34,7 @@ def sweeps(summary: Mapping[str, Any]) -> list[Sweep]:
     result = []
     found = {(e["group"], e["axis"], _key(e["rest"])): e for e in summary.get("sensitivity") or ()}
     rows = cell_rows(summary)
-    for axis in summary.get("axes") or ():
+    for axis in axes_of(summary):
         if not axis.get("log"):
             continue
         lines: dict[tuple[str, Any], list[dict[str, Any]]] = {}
@@ -72,7 +72,7 @@ def effects(summary: Mapping[str, Any]) -> list[Effect]:
     """One Effect per axis that is not logarithmic and was varied; over the other axes the best cell counts."""
     result = []
     rows = [row for row in cell_rows(summary) if math.isfinite(row["loss"])]
-    for axis in summary.get("axes") or ():
+    for axis in axes_of(summary):
         if axis.get("log"):
             continue
         groups: dict[str, dict[int, dict[str, Any]]] = {}
@@ -98,7 +98,7 @@ class Grid:
 
 def grid(summary: Mapping[str, Any]) -> Grid | None:
     """The study as heat maps: x is its first logarithmic axis; None with fewer than two axes of two values."""
-    axes = [axis for axis in summary.get("axes") or () if len(axis["values"]) > 1 and len(axis["fields"]) < 3]
+    axes = [axis for axis in axes_of(summary) if len(axis["values"]) > 1 and len(axis["fields"]) < 3]
     axes.sort(key=lambda axis: not axis.get("log"))  # stable: learning rates first
     if len(axes) < 2:
         return None

@@ -14,6 +14,16 @@ CARDS = 3
 WORD = {"better": "better", "worse": "worse", "not distinguishable": "cannot be told apart"}
 
 
+def axes_of(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The axes by name: groups may have axes of one name with values of their own, which are one here."""
+    merged: dict[str, dict[str, Any]] = {}
+    for axis in summary.get("axes") or ():
+        known = merged.setdefault(axis["name"], {**axis, "values": []})
+        known["log"] = bool(known.get("log") or axis.get("log"))
+        known["values"] += axis["values"]
+    return [{**axis, "values": series.ordered(axis["values"])} for axis in merged.values()]
+
+
 def cell_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every cell with the means over its finished runs and what it cost, best first, those without a loss last.
 
@@ -32,7 +42,7 @@ def cell_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             {
                 "cell": cell["cell"],
                 "group": cell["group"],
-                "values": cell["values"],
+                "values": {name: series.hashable(value) for name, value in cell["values"].items()},
                 "options": cell.get("options") or {},
                 "rank": cell.get("rank"),
                 "loss": loss,
@@ -65,7 +75,7 @@ def answers(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = []
     groups = summary.get("group_contrasts") or ()
     for verdict in groups:
-        card = content.answer(verdict, holm=series.number(verdict.get("holm")) if len(groups) > 1 else None)
+        card = content.answer(verdict, family=len(groups))
         chosen = verdict.get("chosen") or {}
         picks = " against ".join(f"{chosen.get(name, '?')}" for name in (verdict["candidate"], verdict["reference"]))
         card["facts"].insert(0, f"Best cell against best cell: {picks}, chosen by the first seed on the tune split, judged by the others.")  # fmt: skip
@@ -74,7 +84,7 @@ def answers(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     groups_of = {cell["cell"]: cell["group"] for cell in summary["cells"]}
     if 0 < len(contrasts) <= CARDS:
         for verdict in contrasts:
-            card = content.answer(verdict, holm=series.number(verdict.get("holm")) if len(contrasts) > 1 else None)
+            card = content.answer(verdict, family=len(contrasts))
             found.append({**card, "group": groups_of.get(verdict["candidate"]), "verdict": verdict})
     elif contrasts:
         found.append(_tally(summary, contrasts))
@@ -121,11 +131,20 @@ def contrast_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             "cell": verdict["candidate"],
             "group": groups.get(verdict["candidate"], ""),
             "color": style.VERDICT_COLORS.get(verdict.get("verdict") or "", style.MUTED),
+            "alone": _alone(verdict),
             "strip": strip,
         }
         for verdict, strip in zip(contrasts, content.strips(contrasts))
     ]
     return sorted(rows, key=lambda row: series.number(row["mean"]) if row["mean"] is not None else math.inf)
+
+
+def _alone(verdict: Mapping[str, Any]) -> str | None:
+    """What the interval alone would say where the correction for many comparisons leaves the verdict open."""
+    low, high = (series.number(bound) for bound in verdict.get("interval") or (None, None))
+    if verdict.get("verdict") != "not distinguishable":
+        return None
+    return "better" if high < 0 else "worse" if low > 0 else None
 
 
 def published_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
