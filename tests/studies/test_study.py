@@ -1,6 +1,7 @@
 """A study file becomes exactly the runs that it describes, or one line that says what is wrong with it."""
 
 import json
+from pathlib import Path
 
 import pytest
 from tiny_study import FILE, file, written
@@ -182,3 +183,11 @@ def test_the_schema_accepts_the_file_that_the_reader_accepts(tmp_path):
     schema = json.loads(json_schema())
     assert set(file()) <= set(schema["properties"])
     assert read_file(written(tmp_path))[1].title == FILE["title"]
+
+
+def test_the_example_in_the_documentation_is_a_study(tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "studies.md"
+    (tmp_path / "example.toml").write_text(page.read_text(encoding="utf-8").split("```toml\n")[1].split("```")[0])
+    study = read_study(tmp_path / "example.toml", scale="tiny")
+    assert [cell.name for cell in study.cells] == ["without lr=0.01", "without lr=0.03", "with lr=0.01", "with lr=0.03"]
+    assert study.reference == "without lr=0.01"
