@@ -9,6 +9,8 @@ from typing import Any
 Spec = dict[str, Any]
 Measure = Callable[[Spec], dict[str, Any]]
 """A function of a module (a new process imports it): what to measure -> numbers and names."""
+START_S = 120.0
+"""What a process may take to begin, which no row's limit counts."""
 
 
 def rows(
@@ -52,12 +54,16 @@ class _Worker:
     def __init__(self, measure: Measure) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, measure), daemon=True)
+        # no daemon: compilers start processes of their own; it ends when this end of the pipe is closed
+        self.process = context.Process(target=_serve, args=(theirs, measure))
         self.process.start()
         theirs.close()
+        self.started = False
 
     def ask(self, spec: Spec, limit_s: float) -> dict[str, Any]:
         try:
+            if not self.started:
+                self.started = self.pipe.poll(START_S) and bool(self.pipe.recv())
             self.pipe.send(spec)
             if not self.pipe.poll(limit_s):
                 return {"failed": f"took longer than {limit_s:.0f} s"}
@@ -75,6 +81,7 @@ class _Worker:
 
 
 def _serve(pipe: Connection, measure: Measure) -> None:
+    pipe.send("started")
     while True:
         try:
             spec = pipe.recv()

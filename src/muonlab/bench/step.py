@@ -1,5 +1,6 @@
 """`optimizer.step()` of every optimizer that is installed, on named sets of matrices, beside the physical floor."""
 
+import gc
 import time
 import warnings
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """
     torch.set_num_threads(spec["threads"])
     torch.manual_seed(0)
+    gc.collect()  # what rows before it left behind is not to be freed in the middle of this one
     device, peer = torch.device(spec["device"]), peers.find(spec["peer"])
     params = parameters(spec["set"], device)
     common = {

@@ -9,6 +9,8 @@ import torch
 
 Spread = dict[str, float]
 """median, quartile_low, quartile_high."""
+ENOUGH_S = 2.0
+"""Work is not repeated for longer than this."""
 
 
 def spread(values: Iterable[float]) -> Spread:
@@ -33,13 +35,19 @@ def milliseconds(
 ) -> dict[str, Any]:
     """What one call of `work` takes after three that do not count.
 
+    At most `repeats` measurements, and fewer, but five, of work that takes long (`repeats` in the result).
     `alone_ms`: from an idle device to an idle device, so that a host that is slower than the device shows.
     `host_ms`: until `work` returns, on CUDA. `in_a_row_ms`: a mean of `repeats` calls without waiting, `before` included.
     `before` runs before each call; alone it is not timed.
     """
     for _ in range(3):
         before()
+        synchronize(device)
+        start = time.perf_counter()
         work()
+        synchronize(device)
+    took = time.perf_counter() - start
+    repeats = min(repeats, max(5, round(ENOUGH_S / took)))
     alone, host = [], []
     for _ in range(repeats):
         before()
@@ -59,6 +67,7 @@ def milliseconds(
         "alone_ms": spread(alone),
         "host_ms": spread(host) if device.type == "cuda" else None,
         "in_a_row_ms": in_a_row,
+        "repeats": repeats,
     }
 
 

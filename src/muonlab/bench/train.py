@@ -103,7 +103,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     tokens = tokens.to(device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     sides = {contestant["side"] for contestant in spec["contestants"]}
-    difference = check_same_loss(options, inputs[:1], targets[:1]) if "plain" in sides else None
+    difference = check_same_loss(options, inputs[:8], targets[:8]) if "plain" in sides else None
 
     runners: list[Runner] = []
     failures: list[dict[str, Any]] = []
