@@ -1,6 +1,8 @@
 """Run directories in, tables, figures and one self-contained page out. Importing this loads no plotting library."""
 
-from collections.abc import Iterable, Sequence
+import gc
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +47,12 @@ def write_study(directory: str | Path) -> list[Path]:
     from muonlab.report.study_files import pictures, texts
 
     root = Path(directory)
-    material = read_material(root, "study")
-    drawings = pictures(material)
-    for name, draw in drawings.items():
-        draw(root / name)
-    written = {"report.html": study_page(material), **texts(material, list(drawings))}
+    with _collector_paused():
+        material = read_material(root, "study")
+        drawings = pictures(material)
+        for name, draw in drawings.items():
+            draw(root / name)
+        written = {"report.html": study_page(material), **texts(material, list(drawings))}
     for name, text in written.items():
         _write_text(root / name, text)
     return [root / name for name in (*written, *drawings)]
@@ -105,7 +108,7 @@ def print_comparison(directory: str | Path, console: Any = None) -> None:
     """Print trials, final losses, targets and verdicts of the comparison in `directory` (to a rich console)."""
     from muonlab.report.reading import read_summary
     from muonlab.report.tables import comparison_tables
-    from muonlab.studies.compare import SUMMARY
+    from muonlab.studies.judge import SUMMARY
 
     _print(comparison_tables(read_summary(Path(directory) / SUMMARY, "comparison")), console)
 
@@ -140,6 +143,19 @@ def _print(parts: Iterable[Any], console: Any) -> None:
     console = console or Console(width=None if sys.stdout.isatty() else 200)  # names in a pipe stay in one piece
     for part in parts:
         console.print(part)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Without the cyclic garbage collector, which would walk the millions of numbers of a large study again and again, and
+    find nothing."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _kind(directory: str | Path) -> str:

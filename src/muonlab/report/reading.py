@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from muonlab.errors import InputError
-from muonlab.studies.compare import SUMMARY
+from muonlab.studies.judge import SUMMARY
 from muonlab.training.tracking import read_run
 
 REQUIRED: dict[str, dict[str, tuple[str, ...]]] = {

@@ -148,16 +148,16 @@ def performance_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             room = {"loss": 1.5, "perplexity": 4 * min(finite, default=1.0)}.get(key, math.inf)
             top = series.ceiling(finite, room)
             top = math.inf if top >= max(finite, default=0.0) else top  # a very bad cell is an arrow at the edge
-            for y, row, value in zip(places, kept, values):
-                color = colors[row["group"]]
-                if key == "loss":
-                    _seeds(axes, y, row, color, top)
-                if value > top:
-                    axes.plot(top, y, marker=">", color=color, markersize=6, linestyle="")
-                    axes.annotate(style.short(value, 3), (top, y), (-6, 0), textcoords="offset points", ha="right", va="center", fontsize=7, color=style.MUTED)  # fmt: skip
-                elif math.isfinite(value):
-                    axes.plot(value, y, marker="|" if key == "loss" else "o", color=style.INK if key == "loss" else color,
-                              markersize=11 if key == "loss" else 5, mew=2 if key == "loss" else 1, linestyle="")  # fmt: skip
+            if key == "loss":
+                _seeds(axes, places, kept, [colors[row["group"]] for row in kept], top)
+            shown = [(v, y, colors[r["group"]]) for v, y, r in zip(values, places, kept) if v <= top]
+            if shown:
+                xs, ys, hues = map(list, zip(*shown))
+                look = {"marker": "|", "s": 120, "color": style.INK} if key == "loss" else {"s": 26, "color": hues}
+                axes.scatter(xs, ys, zorder=3, **look)
+            for value, y, row in ((v, y, r) for v, y, r in zip(values, places, kept) if v > top):
+                axes.plot(top, y, marker=">", color=colors[row["group"]], markersize=6, linestyle="")
+                axes.annotate(style.short(value, 3), (top, y), (-6, 0), textcoords="offset points", ha="right", va="center", fontsize=7, color=style.MUTED)  # fmt: skip
             axes.set_xlabel(label)
             axes.grid(True, axis="y", color="#f2f3f5")
             axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -175,12 +175,22 @@ def performance_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         save(figure, path)
 
 
-def _seeds(axes: Axes, y: int, row: Mapping[str, Any], color: str, top: float) -> None:
-    low, high = row["interval"]
-    if math.isfinite(low) and row["loss"] <= top:
-        axes.plot([low, min(high, top)], [y, y], color=color, linewidth=6, alpha=0.25, solid_capstyle="butt")
-    inside = [loss for loss in row["losses"] if loss <= top]
-    axes.plot(inside, [y] * len(inside), "o", color=color, markersize=4, alpha=0.9)
+def _seeds(
+    axes: Axes, places: Sequence[int], rows: Sequence[Mapping[str, Any]], colors: Sequence[str], top: float
+) -> None:
+    """Intervals as bands and the single seeds as points, those above `top` left out."""
+    bands = [
+        (y, row["interval"][0], min(row["interval"][1], top), color)
+        for y, row, color in zip(places, rows, colors)
+        if math.isfinite(row["interval"][0]) and row["loss"] <= top
+    ]
+    if bands:
+        ys, lows, highs, hues = map(list, zip(*bands))
+        axes.hlines(ys, lows, highs, colors=hues, linewidth=6, alpha=0.25)
+    points = [(x, y, color) for y, row, color in zip(places, rows, colors) for x in row["losses"] if x <= top]
+    if points:
+        xs, ys, hues = map(list, zip(*points))
+        axes.scatter(xs, ys, s=16, color=hues, alpha=0.9, zorder=2)
 
 
 def effect_plot(effect: Effect, path: Path) -> None:
