@@ -4,14 +4,9 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from muonlab.errors import InputError
-from muonlab.optim.groups import plan
-from muonlab.optim.optimizer import HybridOptimizer
 from muonlab.optim.options import (
     AdamWOptions,
     ClassOptions,
@@ -21,10 +16,12 @@ from muonlab.optim.options import (
     SGDOptions,
     SophiaGOptions,
 )
-from muonlab.optim.rivals import SophiaG
-from muonlab.optim.routing import table_of
 
-Build = Callable[[nn.Module, Any], torch.optim.Optimizer]
+if TYPE_CHECKING:  # names and options are read without waiting for torch
+    import torch
+    from torch import nn
+
+Build = Callable[["nn.Module", Any], "torch.optim.Optimizer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +36,7 @@ class OptimizerEntry:
     summary: str
 
 
-def build_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.Optimizer:
+def build_optimizer(model: "nn.Module", options: OptimizerOptions) -> "torch.optim.Optimizer":
     """The optimizer that `options` describe, for all parameters of `model`.
 
     Every group carries lr, initial_lr, weight_decay, kind and param_names; `optimizer.routing()` tells who updates what.
@@ -56,13 +53,26 @@ def build_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.
 def hybrid(hidden_rule: str) -> Build:
     """How to build an optimizer that updates hidden matrices by `hidden_rule`, all else by it too or by `options.fallback`."""
 
-    def build(model: nn.Module, options: OptimizerOptions) -> torch.optim.Optimizer:
+    def build(model: "nn.Module", options: OptimizerOptions) -> "torch.optim.Optimizer":
+        from muonlab.optim.optimizer import HybridOptimizer
+
         return HybridOptimizer(model, options, hidden_rule, getattr(options, "fallback", hidden_rule))
 
     return build
 
 
-def _by_import_path(model: nn.Module, options: ClassOptions) -> torch.optim.Optimizer:
+def _sophia(model: "nn.Module", options: SophiaGOptions) -> "torch.optim.Optimizer":
+    from muonlab.optim.rivals import SophiaG
+
+    return SophiaG(model, **vars(options))
+
+
+def _by_import_path(model: "nn.Module", options: ClassOptions) -> "torch.optim.Optimizer":
+    import torch
+
+    from muonlab.optim.groups import plan
+    from muonlab.optim.routing import table_of
+
     module_name, _, class_name = options.class_path.rpartition(".")
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
@@ -106,7 +116,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         OptimizerEntry(
             name="sophia",
             options=SophiaGOptions,
-            build=lambda model, options: SophiaG(model, **vars(options)),
+            build=_sophia,
             lr_center=1e-3,
             summary="momentum over a sampled Gauss-Newton diagonal, clipped",
         ),

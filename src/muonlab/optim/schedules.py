@@ -6,12 +6,13 @@ A loop calls `set_lr(optimizer, schedule.factor(update, updates))` before each u
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from muonlab.errors import InputError, unknown
+
+if TYPE_CHECKING:  # a schedule is arithmetic: reading one does not wait for torch
+    import torch
+    from torch import Tensor
 
 SCHEDULES: dict[str, str] = {
     "cosine": "half a cosine from the peak to the final fraction",
@@ -91,7 +92,7 @@ def momentum_warmup(update: int, warmup: int, start: float, final: float) -> flo
     return (1 - share) * start + share * final
 
 
-def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+def set_lr(optimizer: "torch.optim.Optimizer", factor: float) -> None:
     """Sets `lr = initial_lr * factor` in every parameter group; a tensor learning rate is filled in place, without a host sync.
 
     The first call remembers each group's learning rate as `initial_lr`, as torch's schedulers do. `block_lr`, the second
@@ -102,12 +103,12 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
     ]
     for group, name in options:  # all are remembered before any is written: groups may share one tensor
         value = group[name]
-        group.setdefault(f"initial_{name}", value.clone() if isinstance(value, Tensor) else value)
+        group.setdefault(f"initial_{name}", value.clone() if _is_tensor(value) else value)
     for group, name in options:
         _write(group, name, group[f"initial_{name}"] * factor)
 
 
-def set_momentum(optimizer: torch.optim.Optimizer, schedule: Schedule, update: int) -> None:
+def set_momentum(optimizer: "torch.optim.Optimizer", schedule: Schedule, update: int) -> None:
     """Sets the momentum of every Muon group for update `update`; the first call remembers `initial_momentum`."""
     if schedule.momentum_warmup == 0:
         return
@@ -117,7 +118,7 @@ def set_momentum(optimizer: torch.optim.Optimizer, schedule: Schedule, update: i
             _write(group, "momentum", schedule.momentum(update, peak))
 
 
-def applied_lr(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+def applied_lr(optimizer: "torch.optim.Optimizer") -> dict[str, float]:
     """kind ("hidden", "embedding", ...) -> learning rate that the next update uses, read from the groups (one host sync per tensor)."""
     rates: dict[str, float] = {}
     for group in optimizer.param_groups:
@@ -125,14 +126,18 @@ def applied_lr(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     return rates
 
 
-def _write(group: dict[str, Any], name: str, value: float | Tensor) -> None:
+def _write(group: dict[str, Any], name: str, value: "float | Tensor") -> None:
     current = group[name]
-    if not isinstance(current, Tensor):
+    if not _is_tensor(current):
         group[name] = value
-    elif isinstance(value, Tensor):
+    elif _is_tensor(value):
         current.copy_(value)
     else:
         current.fill_(value)
+
+
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "copy_")
 
 
 def _step_shape(progress: float, schedule: Schedule) -> float:
