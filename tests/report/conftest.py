@@ -23,3 +23,27 @@ def comparison(fake, tmp_path_factory):
     fake.fake_comparison(root, ("muon", "adamw"), diverged={("adamw", 2)})
     write_comparison(root)
     return root
+
+
+@pytest.fixture(scope="session")
+def study(fake, tmp_path_factory):
+    """A finished study with a diverged run and published numbers; read-only for tests."""
+    from muonlab.report import write_study
+
+    root = tmp_path_factory.mktemp("study")
+    cells, axes, options = fake.STUDIES["core"]()
+    fake.fake_study(root, cells, axes, **options)
+    write_study(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def grid(fake, tmp_path_factory):
+    """A finished study of 18 cells over three axes; read-only for tests."""
+    from muonlab.report import write_study
+
+    root = tmp_path_factory.mktemp("grid")
+    cells, axes, options = fake.STUDIES["grid"]()
+    fake.fake_study(root, cells, axes, updates=40, seeds=(1, 2), **options)
+    write_study(root)
+    return root

@@ -43,6 +43,7 @@ def test_every_evaluation_is_a_row(material):
         ("50 % & $x$", r"50 \% \& \$x\$"),
         ("\\{}", r"\textbackslash{}\{\}"),
         ("a^~#", r"a\textasciicircum{}\textasciitilde{}\#"),
+        ("β é\n\x00", "[U+03B2] é  "),
     ],
 )
 def test_names_are_escaped_for_latex(text, expected):

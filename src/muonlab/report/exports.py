@@ -21,6 +21,10 @@ TEX = {
     "×": r"\ensuremath{\times}",
     "±": r"\ensuremath{\pm}",
     "≥": r"\ensuremath{\geq}",
+    "≤": r"\ensuremath{\leq}",
+    "→": r"\ensuremath{\to}",
+    "·": r"\ensuremath{\cdot}",
+    "…": r"\dots{}",
     "–": r"\textendash{}",
     "’": "'",
     "<": r"\textless{}",
@@ -174,9 +178,15 @@ def experiment_card(material: Material) -> str:
 
 
 def tex(value: Any) -> str:
-    """Text that LaTeX prints as it is."""
-    text = "".join(TEX.get(character, character) for character in str(value))
+    """Text that LaTeX prints as it is; a character that its fonts lack by its number, so that no name stops a paper."""
+    text = "".join(TEX.get(character) or _letter(character) for character in str(value))
     return text.replace("--", "-{}-")  # two hyphens of a flag would become a dash
+
+
+def _letter(character: str) -> str:
+    if character in "“”‘—„‚•":
+        return character
+    return " " if not character.isprintable() else character if ord(character) < 0x180 else f"[U+{ord(character):04X}]"
 
 
 def description(items: Sequence[tuple[str, str]]) -> str:

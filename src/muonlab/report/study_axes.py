@@ -17,6 +17,8 @@ class Sweep:
     """One line of loss against one logarithmic axis: a group at one setting of the other axes."""
 
     group: str
+    case: str
+    """Set where several cases of the group have this axis."""
     axis: str
     rest: dict[str, Any]
     points: list[dict[str, Any]]
@@ -26,35 +28,39 @@ class Sweep:
 
     @property
     def label(self) -> str:
-        return " ".join([self.group, *(f"{key}={style.label(value)}" for key, value in self.rest.items())])
+        return " ".join([self.case or self.group, *(f"{key}={style.label(value)}" for key, value in self.rest.items())])
 
 
 def sweeps(summary: Mapping[str, Any]) -> list[Sweep]:
     """The lines of every logarithmic axis, best line first."""
+    found: dict[Any, list[dict[str, Any]]] = {}
+    for entry in summary.get("sensitivity") or ():
+        found.setdefault((entry["group"], entry["axis"], _key(entry["rest"])), []).append(entry)
     result = []
-    found = {(e["group"], e["axis"], _key(e["rest"])): e for e in summary.get("sensitivity") or ()}
-    rows = cell_rows(summary)
-    for axis in axes_of(summary):
-        if not axis.get("log"):
-            continue
-        lines: dict[tuple[str, Any], list[dict[str, Any]]] = {}
-        rests: dict[tuple[str, Any], dict[str, Any]] = {}
-        for row in rows:
-            x = series.number(row["values"].get(axis["name"]))
+    for axis in (axis["name"] for axis in axes_of(summary) if axis.get("log")):
+        lines: dict[tuple[str, Any], dict[str, list[dict[str, Any]]]] = {}
+        for row in cell_rows(summary):
+            x = series.number(row["values"].get(axis))
             if x > 0:
-                rest = {key: value for key, value in row["values"].items() if key != axis["name"]}
-                rests[row["group"], _key(rest)] = rest
-                lines.setdefault((row["group"], _key(rest)), []).append({**row, "x": x})
-        for key, points in lines.items():
-            if len(points) > 1:
-                name = axis["name"]
-                points.sort(key=lambda point: point["x"])
-                line = Sweep(
-                    group=key[0], axis=name, rest=rests[key], points=points, found=found.get((key[0], name, key[1]))
-                )
-                result.append(line)
+                rest = _key({key: value for key, value in row["values"].items() if key != axis})
+                lines.setdefault((row["group"], rest), {}).setdefault(row["case"], []).append({**row, "x": x})
+        for (group, rest), cases in lines.items():
+            entries = found.get((group, axis, rest), [])
+            for case, points in cases.items():
+                if len(points) > 1:
+                    mine = [entry for entry in entries if entry.get("case", case) == case]
+                    result.append(
+                        Sweep(
+                            group=group,
+                            case=case if len(cases) > 1 else "",
+                            axis=axis,
+                            rest=dict(rest),
+                            points=sorted(points, key=lambda point: point["x"]),
+                            found=mine[0] if len(mine) == 1 and (len(cases) == 1 or "case" in mine[0]) else None,
+                        )
+                    )
     return sorted(
-        result, key=lambda line: min((p["loss"] for p in line.points if p["loss"] == p["loss"]), default=math.inf)
+        result, key=lambda line: min((p["loss"] for p in line.points if math.isfinite(p["loss"])), default=math.inf)
     )
 
 
@@ -165,5 +171,5 @@ def profile(material: Material) -> PerformanceProfile | None:
     return performance_profile({name: list(row) for name, row in zip(names, zip(*columns))})
 
 
-def _key(rest: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((key, repr(value)) for key, value in rest.items()))
+def _key(rest: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted((key, series.hashable(value)) for key, value in rest.items()))

@@ -11,6 +11,8 @@ from muonlab.report.reading import Material, runs_of
 
 CARDS = 3
 """Verdicts that get a card each; more become one sentence and a table."""
+RUN_KEYS = ("message", "report_cross_entropy", "tune_cross_entropy", "updates", "seconds", "spikes", "plateaus")
+"""What the record of a run that was never made lacks."""
 WORD = {"better": "better", "worse": "worse", "not distinguishable": "cannot be told apart"}
 
 
@@ -42,6 +44,7 @@ def cell_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             {
                 "cell": cell["cell"],
                 "group": cell["group"],
+                "case": cell.get("case") or "",
                 "values": {name: series.hashable(value) for name, value in cell["values"].items()},
                 "options": cell.get("options") or {},
                 "rank": cell.get("rank"),
@@ -103,11 +106,11 @@ def _tally(summary: Mapping[str, Any], contrasts: Sequence[Mapping[str, Any]]) -
     """Many verdicts in one sentence."""
     counts = {word: sum(v.get("verdict") == word for v in contrasts) for word in WORD}
     reference = summary["reference"]
-    parts = [
-        f"{count} {'are ' if word in ('better', 'worse') else ''}{WORD[word]}"
-        for word, count in counts.items()
-        if count
-    ]
+    parts = []
+    for word, count in counts.items():
+        if count:
+            verb = "" if word == "not distinguishable" else "is " if count == 1 else "are "
+            parts.append(f"{count} {verb}{WORD[word]}")
     word = next((word for word in ("better", "worse") if counts[word] == len(contrasts)), "not distinguishable")
     best = min(contrasts, key=lambda v: series.number(v.get("mean")) if v.get("mean") is not None else math.inf)
     facts = [f"Largest gain: {best.get('sentence') or best['candidate']}."]
@@ -200,7 +203,7 @@ def target_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 def run_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every run as a row, with its cell and group."""
     return [
-        {"message": None, **run, "cell": cell["cell"], "group": cell["group"]}
+        {**dict.fromkeys(RUN_KEYS), **run, "cell": cell["cell"], "group": cell["group"]}
         for cell in summary["cells"]
         for run in cell["runs"]
     ]

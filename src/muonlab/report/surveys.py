@@ -137,9 +137,9 @@ def heatmap_plot(
                     text = "" if math.isnan(excess) else "×" if math.isinf(excess) else f"{excess + best:.3f}"
                     dark = math.isfinite(excess) and excess > 0.55 * top
                     axes.text(i, j, text, ha="center", va="center", fontsize=8, color="white" if dark else style.INK)
-            axes.set_xticks(range(len(xs)), [plain(style.label(value)) for value in xs])
-            axes.set_yticks(range(len(ys)), [plain(style.label(value)) for value in ys])
-            axes.set_title(plain(name), fontsize=9)
+            axes.set_xticks(range(len(xs)), [plain(style.clipped(style.label(value), 12)) for value in xs])
+            axes.set_yticks(range(len(ys)), [plain(style.clipped(style.label(value), 18)) for value in ys])
+            axes.set_title(plain(style.clipped(name, 14 * max(2, len(xs)))), fontsize=9)
             axes.set_xlabel(plain(x) if index + columns >= len(tables) else "")
             axes.set_ylabel(plain(y) if index % columns == 0 else "")
         figure.suptitle(plain(title), x=0.01, ha="left", fontsize=10, fontweight="bold")
