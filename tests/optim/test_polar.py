@@ -38,8 +38,8 @@ def by_svd(x, steps):
 def test_iterating_the_matrix_is_iterating_its_singular_values(name, shape):
     x = random(*shape)
     expected = by_svd(x, resolve(name).steps)
-    torch.testing.assert_close(orthogonalize(x, name), expected, rtol=0, atol=1e-11)
-    torch.testing.assert_close(orthogonalize(x, name, method="gram"), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(orthogonalize(x, name), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(orthogonalize(x, name, method="gram"), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", COEFFICIENTS)
@@ -64,7 +64,7 @@ def test_the_update_never_ascends_even_when_the_input_is_nearly_of_rank_one(name
         assert (x * o).sum() > 0
 
 
-@pytest.mark.parametrize("method", ["standard", "gram", "svd"])
+@pytest.mark.parametrize("method", ["standard", "gram", "svd", "mud"])
 @pytest.mark.parametrize("shape", [(3, 5, 7), (2, 3, 9, 4), (1, 1), (1, 8), (8, 1), (2, 1, 1)])
 def test_a_stack_is_its_matrices_one_by_one(method, shape):
     x = random(*shape, dtype=torch.float32)
@@ -121,7 +121,7 @@ def test_half_precision_iterations_see_tiny_and_huge_fp32_gradients(work):
         torch.testing.assert_close(orthogonalize(x * scale, dtype=work), expected, rtol=0, atol=4e-2)
 
 
-@pytest.mark.parametrize("method", ["standard", "gram", "svd"])
+@pytest.mark.parametrize("method", ["standard", "gram", "svd", "mud"])
 @pytest.mark.parametrize("name", COEFFICIENTS)
 def test_zero_in_gives_exact_zero_out(name, method):
     for dtype in DTYPES:
@@ -135,7 +135,7 @@ def test_zero_in_gives_exact_zero_out(name, method):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("method", ["standard", "gram", "svd"])
+@pytest.mark.parametrize("method", ["standard", "gram", "svd", "mud"])
 def test_a_matrix_that_is_not_finite_becomes_nan_and_its_neighbours_do_not(bad, method):
     x = random(3, 6, 9, dtype=torch.float32)
     x[1, 2, 3] = bad
@@ -145,7 +145,7 @@ def test_a_matrix_that_is_not_finite_becomes_nan_and_its_neighbours_do_not(bad, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", ["standard", "gram", "svd"])
+@pytest.mark.parametrize("method", ["standard", "gram", "svd", "mud"])
 @pytest.mark.parametrize("tall", [False, True])
 def test_the_input_is_never_changed(dtype, method, tall):
     x = random(2, 12, 20).to(dtype)
@@ -181,11 +181,29 @@ def test_rank_deficient_input_in_bf16_keeps_its_subspace():
 def test_rounding_errors_stay_within_the_known_size_of_each_precision(name, decades):
     x = with_spectrum(64, 256, torch.logspace(0, -decades, 64, dtype=torch.float64)).float()
     exact = orthogonalize(x, name, dtype="float64")
-    bounds = {("standard", "float32"): 2e-3, ("gram", "float32"): 4e-3, ("standard", "float16"): 0.05}
-    bounds |= {("gram", "float16"): 0.12, ("standard", "bfloat16"): 0.35}
+    bounds = {("standard", "float32"): 1e-4, ("gram", "float32"): 2e-4, ("standard", "float16"): 0.05}
+    bounds |= {("gram", "float16"): 0.05, ("standard", "bfloat16"): 0.35}
     for (method, dtype), bound in bounds.items():
         o = orthogonalize(x, name, method=method, dtype=dtype)
         assert (o.double() - exact).norm() / exact.norm() < bound, (method, dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [(name, None) for name in COEFFICIENTS if name != "aol4"] + [("polar_express", 8), ("keller", 2)]
+)
+@pytest.mark.parametrize("shape", [(32, 128), (96, 768)])
+def test_gram_in_fp16_is_as_exact_as_the_standard_iteration_for_every_spectrum(name, steps, shape):
+    """Far from square, down to singular values of 1e-7, where one restart alone gives twice the error, or NaN for ten steps."""
+    for decades in (0, 1, 3, 7):
+        x = with_spectrum(*shape, torch.logspace(0, -decades, shape[0], dtype=torch.float64)).float()
+        exact = orthogonalize(x, name, steps, dtype="float64")
+        errors = {
+            method: ((orthogonalize(x, name, steps, method, "float16").double() - exact).norm() / exact.norm()).item()
+            for method in ("standard", "gram")
+        }
+        assert errors["gram"] < 1.1 * errors["standard"] + 0.015
+        if shape[0] == 96 and name != "deepseek" and steps != 8:
+            assert errors["gram"] < 0.03
 
 
 def test_the_exact_method_is_the_nearest_semi_orthogonal_matrix():
@@ -226,7 +244,7 @@ def test_unsafe_combinations_and_wrong_inputs_are_refused_with_the_reason():
 
 def test_empty_stacks_and_empty_matrices_stay_empty():
     for shape in ((0, 4, 6), (4, 0), (0, 6)):
-        for method in ("standard", "gram", "svd"):
+        for method in ("standard", "gram", "svd", "mud"):
             assert orthogonalize(torch.zeros(shape), method=method).shape == shape
 
 
