@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from muonlab import Muon, orthogonalize
-from muonlab.optim import AdamWOptions, build_optimizer
+from muonlab.errors import InputError
+from muonlab.models import ModelOptions, Transformer
+from muonlab.optim import AdamWOptions, Schedule, build_optimizer, set_lr, set_momentum
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -137,3 +139,111 @@ def test_hidden_matrices_are_decayed_exactly_as_adamw_would():
         model.weight.grad = torch.zeros(16, 16)
         make().step()
         torch.testing.assert_close(model.weight.detach(), start * 0.95)
+
+
+def test_fp32_inputs_are_normalised_out_of_place_and_a_compiled_call_runs_compiled():
+    """gram-newton-schulz divides the caller's tensor by its norm, and its torch.compile of __call__ is never reached."""
+    x = matrix(12, 20)
+    before = x.clone()
+    compiled_calls = []
+
+    def backend(graph, inputs):
+        return lambda *arguments: compiled_calls.append(1) or graph(*arguments)
+
+    compiled = torch.compile(lambda t: orthogonalize(t, dtype="float32"), backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(x), orthogonalize(x, dtype="float32"))
+    assert torch.equal(x, before)
+    assert compiled_calls
+
+
+def test_names_of_scales_mean_what_they_say():
+    """pytorch_optimizer's `use_adjusted_lr` applies Moonlight's factor when off and Keller's when on."""
+    for name, factor in ((None, 2.0), ("original", 2.0), ("match_rms_adamw", 0.2 * 64**0.5)):
+        param = nn.Parameter(torch.zeros(64, 16))
+        param.grad = matrix(64, 16)
+        Muon([param], lr=1.0, weight_decay=0.0, adjust_lr_fn=name, coefficients="polar_express", method="svd").step()
+        assert torch.linalg.matrix_norm(param.detach(), 2).item() == pytest.approx(factor, rel=1e-4)
+
+
+def test_convolutions_are_scaled_as_the_matrix_that_they_are():
+    """KellerJordan/Muon and flash-muon take the kernel's height over its width, which is always 1."""
+    param = nn.Parameter(torch.zeros(64, 4, 2, 2))
+    param.grad = matrix(64, 4, 2, 2)
+    Muon([param], lr=1.0, weight_decay=0.0, scale="keller", method="svd").step()
+    assert torch.linalg.matrix_norm(param.detach().flatten(1), 2).item() == pytest.approx(2.0, rel=1e-4)
+
+
+def test_a_stack_of_experts_is_a_matrix_an_expert_with_neurons_of_its_own():
+    """HeavyBall and pytorch_optimizer flatten it into one matrix [experts, out * in]; nanochat's second moment does not fit it."""
+    param = nn.Parameter(torch.zeros(3, 24, 16))
+    param.grad = matrix(3, 24, 16)
+    optimizer = Muon(
+        [param], lr=1.0, weight_decay=0.0, scale="none", method="svd", normuon_beta=0.95, normuon_axis="long"
+    )
+    optimizer.step()
+    assert optimizer.state[param]["second_moment"].numel() == 3 * 24
+    param.data.zero_()
+    Muon([param], lr=1.0, weight_decay=0.0, scale="none", method="svd").step()
+    torch.testing.assert_close(torch.linalg.svdvals(param.detach()), torch.ones(3, 16), rtol=0, atol=1e-4)
+
+
+def test_more_steps_than_a_list_has_are_made_or_refused_never_dropped():
+    """nanochat's slice of its five steps silently stays five."""
+    x = torch.linalg.qr(matrix(32, 32, dtype=torch.float64))[0] * torch.logspace(0, -4, 32, dtype=torch.float64)
+    assert not torch.allclose(orthogonalize(x, ns_steps=7), orthogonalize(x, ns_steps=5), atol=0.1)
+    with pytest.raises(InputError, match="exactly 5 steps"):
+        orthogonalize(x, "polar_express_1.02", ns_steps=7)
+
+
+def test_the_exact_factor_is_exact_for_every_shape():
+    """HeavyBall's exact mode silently falls back to the iteration for rectangular matrices."""
+    for shape in ((8, 20), (20, 8), (12, 12)):
+        s = torch.linalg.svdvals(orthogonalize(matrix(*shape, dtype=torch.float64), method="svd"))
+        torch.testing.assert_close(s, torch.ones_like(s), rtol=0, atol=1e-12)
+
+
+def test_fused_projections_and_routers_of_a_mixture_are_not_one_matrix_of_muon():
+    """The exp9 code orthogonalises fused query, key and value as one matrix and gives the router to Muon."""
+    options = ModelOptions(
+        vocab_size=32, d_model=32, n_layers=1, n_heads=4, n_kv_heads=2, d_ff=32, n_experts=4, fused_qkv=True
+    )
+    rows = {row["name"]: row for row in Muon(Transformer(options)).routing().rows}
+    assert rows["blocks.0.attention.qkv.weight"]["view"] == "split 0 (32, 16, 16)"
+    assert rows["blocks.0.feed_forward.router.weight"]["rule"] == "adamw"
+    assert rows["blocks.0.feed_forward.experts.up"]["rule"] == "muon"
+
+
+def test_a_schedule_reaches_momentum_and_both_learning_rates_of_a_compiled_step():
+    """dion's captured step has the momentum baked in."""
+    models = [nn.Linear(12, 20, bias=False) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [Muon(model, lr=torch.tensor(0.1), dtype="float32", idle="move") for model in models]
+    steps = [optimizers[0].step, torch.compile(optimizers[1].step, backend="aot_eager")]
+    schedule = Schedule(warmup=0.5, momentum_warmup=4)
+    for update in range(6):
+        for model, optimizer, step in zip(models, optimizers, steps):
+            for group in optimizer.param_groups:
+                if not isinstance(group["momentum"], torch.Tensor):
+                    group["momentum"] = torch.tensor(group["momentum"])
+            set_lr(optimizer, schedule.factor(update, 6))
+            set_momentum(optimizer, schedule, update)
+            model.weight.grad = matrix(20, 12, seed=update)
+            step()
+    assert optimizers[0].param_groups[0]["momentum"].item() == pytest.approx(0.95)
+    torch.testing.assert_close(models[0].weight, models[1].weight, rtol=1e-5, atol=1e-6)
+
+
+def test_the_same_run_gives_the_same_bits():
+    def weights():
+        torch.manual_seed(0)
+        model = Transformer(ModelOptions(vocab_size=32, d_model=32, n_layers=1, n_heads=4, d_ff=64, seq_len=16))
+        optimizer = Muon(model, lr=0.01, normuon_beta=0.95, momentum_dtype="int8")
+        for update in range(3):
+            optimizer.zero_grad()
+            model(
+                torch.randint(0, 32, (4, 16), generator=torch.Generator().manual_seed(update))
+            ).hidden.sum().backward()
+            optimizer.step()
+        return [param.detach() for param in model.parameters()]
+
+    assert all(torch.equal(p, q) for p, q in zip(weights(), weights(), strict=True))

@@ -1,5 +1,8 @@
 """AdamW, Lion, SGD and Sophia-G against installed optimizers, closed forms and the definition of their estimator."""
 
+import importlib
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -15,6 +18,7 @@ from muonlab.optim import (
     SGDOptions,
     SophiaGOptions,
     build_optimizer,
+    set_lr,
 )
 from muonlab.optim.rules import bias_correction
 
@@ -58,6 +62,24 @@ def test_100_updates_equal_those_of_torch_to_rounding(options, reference):
     ours, theirs = small_model(), small_model()
     a, b = build_optimizer(ours, options), reference(theirs.parameters())
     for seed in range(100):
+        gradients(seed, ours, theirs)
+        a.step()
+        b.step()
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("form", ["l2", "independent", "lr_squared"])
+def test_every_form_of_decay_is_a_knob_of_every_optimizer(form):
+    ours, theirs = small_model(), small_model()
+    a = build_optimizer(ours, AdamWOptions(**decay_everything(lr=1e-2, decay_form=form)))
+    plain = {"lr": 1e-2, "betas": (0.9, 0.95)}
+    if form == "l2":
+        b = torch.optim.Adam(theirs.parameters(), weight_decay=0.1, **plain)
+    else:
+        times = {"independent": 1 / 1e-2, "lr_squared": 1e-2}[form]
+        b = torch.optim.AdamW(theirs.parameters(), weight_decay=0.1 * times, **plain)
+    for seed in range(20):
         gradients(seed, ours, theirs)
         a.step()
         b.step()
@@ -171,15 +193,52 @@ def test_embedding_head_and_vector_learning_rates_are_knobs_of_every_optimizer(n
     assert rates == {"hidden": 1.0, "embedding": 2.0, "head": 3.0, "vector": 4.0}
 
 
-def test_any_optimizer_by_import_path_gets_the_same_groups():
-    options = ClassOptions(class_path="torch.optim.NAdam", lr=1e-2, embedding_lr=1e-3, arguments={"betas": (0.8, 0.9)})
-    model = small_model()
-    optimizer = build_optimizer(model, options)
-    assert type(optimizer) is torch.optim.NAdam
-    assert {row["kind"]: row["lr"] for row in optimizer.routing().rows}["embedding"] == 1e-3
-    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
-    gradients(0, model)
-    optimizer.step()
+OTHERS = {
+    "torch.optim.Adam": {"betas": (0.8, 0.9)},
+    "torch.optim.NAdam": {"betas": (0.8, 0.9)},
+    "torch.optim.Adagrad": {"initial_accumulator_value": 0.1},
+    "torch.optim.RMSprop": {"alpha": 0.9, "momentum": 0.5},
+    "transformers.Adafactor": {"relative_step": False, "scale_parameter": False},
+}
+
+
+@pytest.mark.parametrize(("path", "arguments"), OTHERS.items(), ids=OTHERS.keys())
+def test_any_optimizer_by_import_path_is_that_class_with_a_learning_rate_for_every_kind(path, arguments):
+    """Equal to the class itself on groups made by hand, also when it was saved and loaded in mid-run."""
+    if path.startswith("transformers"):
+        pytest.importorskip("transformers")
+    module, _, name = path.rpartition(".")
+    cls = getattr(importlib.import_module(module), name)
+    rates = {"hidden": 1e-2, "embedding": 1e-3, "head": 2e-3, "vector": 5e-3}
+    own = {f"{kind}_lr": rate for kind, rate in rates.items() if kind != "hidden"}
+    options = ClassOptions(class_path=path, lr=rates["hidden"], weight_decay=0.1, arguments=arguments, **own)
+    ours, theirs = small_model(), small_model()
+    optimizer = build_optimizer(ours, options)
+    assert type(optimizer) is cls
+    assert {row["kind"]: row["lr"] for row in optimizer.routing().rows} == rates
+    table = {"0": ("embedding", 0.0), "1": ("hidden", 0.1), "4": ("head", 0.1)}
+    groups = [
+        {
+            "params": [param],
+            "lr": rates[kind if param.ndim > 1 else "vector"],
+            "weight_decay": decay if param.ndim > 1 else 0.0,
+        }
+        for (name, param) in theirs.named_parameters()
+        for kind, decay in [table.get(name.split(".")[0], ("vector", 0.0))]
+    ]
+    reference = cls(groups, **arguments)
+    for seed in range(6):
+        if seed == 3:
+            saved = optimizer.state_dict()
+            optimizer = build_optimizer(ours, replace(options, lr=7.0))
+            optimizer.load_state_dict(saved)
+        set_lr(optimizer, 1 / (seed + 1))
+        set_lr(reference, 1 / (seed + 1))
+        gradients(seed, ours, theirs)
+        optimizer.step()
+        reference.step()
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +247,10 @@ def test_any_optimizer_by_import_path_gets_the_same_groups():
         (lambda: ClassOptions(class_path="Adam"), "package.module.Name"),
         (lambda: ClassOptions(class_path="torch.optim.Adamm"), "cannot be imported"),
         (lambda: ClassOptions(class_path="nowhere.Adam"), "cannot be imported"),
+        (lambda: ClassOptions(class_path="muonlab.Lion"), "has options of its own"),
+        (lambda: ClassOptions(cautious_decay=True), "cautious_decay has no effect"),
+        (lambda: ClassOptions(skip_nonfinite=True), "skip_nonfinite has no effect"),
+        (lambda: ClassOptions(decay_form="l2"), "decay_form has no effect"),
         (lambda: ClassOptions(class_path="torch.nn.Linear"), "not a torch.optim.Optimizer"),
         (lambda: ClassOptions(class_path="torch.optim.Adam", arguments={"beta": 1}), "refused its arguments"),
         (lambda: SophiaGOptions(rho=0.0), "rho must be a number > 0"),

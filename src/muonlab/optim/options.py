@@ -9,9 +9,8 @@ from typing import Any, ClassVar, Literal, Self
 
 from muonlab.errors import InputError, unknown
 from muonlab.optim.coefficients import resolve
-from muonlab.optim.polar import DTypeName, Method, check_safe
+from muonlab.optim.methods import DTypeName, Method, check_safe
 from muonlab.optim.scaling import SCALES
-from muonlab.optim.variants import AXES
 
 KINDS = ("hidden", "embedding", "head", "router", "vector")
 DECAY_FORMS = ("lr", "independent", "lr_squared", "l2")
@@ -323,7 +322,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "fallback": ("adamw", "lion"),
     "idle": ("skip", "fade", "move"),
     "momentum_dtype": ("auto", "bfloat16", "float32", "int8"),
-    "normuon_axis": AXES,
+    "normuon_axis": ("rows", "long", "entries", "norm", "sum"),
 }
 
 

@@ -3,17 +3,12 @@
 Everything here is a pure function of a stack `[..., m, n]`; leading axes are independent matrices.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from muonlab.errors import InputError, unknown
-from muonlab.optim.coefficients import Coefficients, Iteration, Step, margin, resolve
-
-Method = Literal["auto", "standard", "gram", "svd", "mud"]
-METHODS: tuple[Method, ...] = ("auto", "standard", "gram", "svd", "mud")
-DTypeName = Literal["auto", "float16", "bfloat16", "float32", "float64"]
+from muonlab.optim.coefficients import Coefficients, Iteration, Step, resolve
+from muonlab.optim.methods import DTypeName, Method, check_safe
 
 _DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
@@ -21,8 +16,6 @@ _DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
-# Rounding the entries of a matrix to bf16 can raise its largest singular value by this much.
-_HALF_MARGIN = 1 + 2**-8
 # Above this many elements a CPU does single products faster than a batched one.
 CPU_LOOP_ELEMENTS = 1 << 14
 
@@ -99,22 +92,6 @@ def polar(
     iterate = gram_newton_schulz if method == "gram" else newton_schulz
     result = iterate(x.mT if tall else x, iteration.steps)
     return result.mT if tall else result
-
-
-def check_safe(coefficients: Coefficients, method: str, dtype: torch.dtype | str) -> None:
-    """InputError for an unknown method and for combinations whose result cannot be trusted; "auto" may be half precision."""
-    if method not in METHODS:
-        raise unknown("method", method, METHODS)
-    if method == "gram" and dtype in (torch.bfloat16, "bfloat16"):
-        raise InputError(
-            "method 'gram' in bfloat16 is not accurate enough (singular values up to 1.8); use float16 or float32"
-        )
-    half = dtype in (torch.bfloat16, "bfloat16", torch.float16, "float16", "auto")
-    if half and margin(coefficients) < _HALF_MARGIN:
-        raise InputError(
-            f"coefficients {coefficients!r} diverge above {margin(coefficients):.4f}, which rounding in half precision "
-            "reaches; use a safety factor of at least 1.005, or float32"
-        )
 
 
 def normalize(x: Tensor, eps: float = 0.0, *, overwrite: bool = False) -> Tensor:

@@ -80,6 +80,9 @@ def _by_import_path(model: "nn.Module", options: ClassOptions) -> "torch.optim.O
         raise InputError(f"class_path {options.class_path!r} cannot be imported: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise InputError(f"class_path {options.class_path!r} is not a torch.optim.Optimizer")
+    if issubclass(cls, HybridOptimizer):
+        names = ", ".join(name for name in OPTIMIZERS if name != "class")
+        raise InputError(f"class_path {options.class_path!r} has options of its own: use one of the names {names}")
     groups = plan(model, options, class_name, class_name)
     try:
         optimizer: torch.optim.Optimizer = cls(groups, **options.arguments)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from muonlab.optim import variants
 from muonlab.optim.coefficients import Iteration
-from muonlab.optim.polar import DTypeName, Method, polar
+from muonlab.optim.methods import DTypeName, Method
+from muonlab.optim.polar import polar
 from muonlab.optim.variants import Number, Variant, weight, widened
 
 State = Mapping[str, Tensor]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 Number = float | Tensor
-AXES = ("rows", "long", "entries", "norm", "sum")
 
 
 class Variant(NamedTuple):
