@@ -92,7 +92,7 @@ def test_a_comparison_ends_with_a_verdict_and_its_files(capsys):
         (["compare", "muon", "adamw", "--lr-center", "muon"], "NAME=LR"),
         (["compare", "muon", "adamw", "--lr-center", "moun=0.1"], "did you mean 'muon'"),
         (["compare", "muon", "adamw", "--workers", "-1", *TINY], "workers"),
-        (["compare", "muon", "class"], "class_path"),
+        (["compare", "muon", "class"], "import path"),
         (["compare", "muon", "adamw", "--training.eval-splits", "report"], "eval_splits"),
         (["train", "--training.device", "meta"], "known: auto, cpu"),
         (["train", "--training.threads", "-1"], "threads"),
@@ -201,7 +201,7 @@ def test_ctrl_c_in_a_comparison_stops_its_workers_and_exits_with_130(tmp_path):
 def test_a_dry_run_estimates_the_time_and_writes_nothing(capsys, tmp_path):
     code, out, _ = call("compare", "muon", "adamw", "--quick", "--dry-run", *TINY, capsys=capsys)
     assert code == 0
-    assert "16 runs of 100 updates" in out
+    assert "16 runs, 100 updates" in out
     assert "about" in out
     assert call("train", "--dry-run", *TINY, capsys=capsys)[0] == 0
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,7 @@
 """A mixture of experts: each token visits its top-k experts; no loop over experts, no shape that depends on data.
 
 The assignments are sorted by expert once; the experts are grouped matmuls over the sorted rows. How fast that is beside a plain
-PyTorch loop: `python benchmarks/training.py --models micro-moe`.
+PyTorch loop: `muonlab bench train --models micro-moe`.
 """
 
 from typing import NamedTuple

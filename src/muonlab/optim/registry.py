@@ -71,6 +71,7 @@ def _by_import_path(model: "nn.Module", options: ClassOptions) -> "torch.optim.O
     import torch
 
     from muonlab.optim.groups import plan
+    from muonlab.optim.optimizer import HybridOptimizer
     from muonlab.optim.routing import table_of
 
     module_name, _, class_name = options.class_path.rpartition(".")
