@@ -107,7 +107,7 @@ def test_the_choice_of_every_search_leaves_the_level_as_it_is(search, seed):
 @pytest.mark.slow
 def test_a_family_of_equal_candidates_gives_a_wrong_verdict_in_at_most_6_percent_of_studies():
     wrong, alone = [], []
-    for summary, _ in studies(800, flat, "muon", "lion", "sgd", "adamw", seed=13, trials=1):
+    for summary, _ in studies(600, flat, "muon", "lion", "sgd", "adamw", seed=13, trials=1):
         wrong.append(any(told_apart(verdict, None) for verdict in summary["verdicts"]))
         alone.append(any(verdict["p_value"] < 0.05 for verdict in summary["verdicts"]))
     assert np.mean(wrong) <= 0.06
@@ -155,7 +155,7 @@ def test_taking_the_last_of_two_looks_makes_more_false_verdicts_and_less_than_tw
     from muonlab.studies.statistics import compare_paired
 
     liked = []
-    for summary, _ in studies(800, flat, "muon", "adamw", seed=16, seeds=5, trials=1):
+    for summary, _ in studies(600, flat, "muon", "adamw", seed=16, seeds=5, trials=1):
         differences = dict(enumerate(summary["verdicts"][0]["differences"]))
         first = {seed: value for seed, value in differences.items() if seed < 3}
         verdicts = [compare_paired(some, dict.fromkeys(some, 0.0)).verdict for some in (first, differences)]

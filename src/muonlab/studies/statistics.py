@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any, Literal
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 from muonlab.errors import InputError
 
@@ -204,10 +204,10 @@ def power(effect: float, spread: float, n: int, *, confidence: float = 0.95) -> 
         return 0.0
     if spread == 0:
         return 1.0 if effect else 1 - confidence
-    threshold = stats.t.ppf(0.5 + confidence / 2, n - 1)
+    threshold = special.stdtrit(n - 1, 0.5 + confidence / 2)
     shift = abs(effect) / spread * math.sqrt(n)
-    wrong_side = stats.nct.cdf(-threshold, n - 1, shift)  # scipy gives NaN where this is far below 1e-16
-    return float(min(1.0, stats.nct.sf(threshold, n - 1, shift) + np.nan_to_num(wrong_side)))
+    wrong_side = special.nctdtr(n - 1, shift, -threshold)  # scipy gives NaN where this is far below 1e-16
+    return float(min(1.0, 1 - special.nctdtr(n - 1, shift, threshold) + np.nan_to_num(wrong_side)))
 
 
 def detectable_effect(spread: float, n: int, *, wanted_power: float = 0.8, confidence: float = 0.95) -> float:
