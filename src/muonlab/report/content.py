@@ -283,7 +283,12 @@ def setting(material: Material) -> list[tuple[str, str]]:
         ("Passes over the training text", style.short(data.get("epochs"), 3)),
         ("Checksum of the data", str(data.get("checksum") or "")),
         ("Device", f"{run.get('device')}, {run.get('threads')} threads per run, program {run.get('program')}"),
-        ("Versions", ", ".join(f"{key} {value}" for key, value in (run.get("versions") or {}).items() if value)),
+        (
+            "Versions",
+            ", ".join(
+                f"{key} {value}" for key, value in (run.get("versions") or {}).items() if value and key != "argv"
+            ),
+        ),
     ]
     return [(term, value) for term, value in rows if value and value != "–"] if run else []
 

@@ -94,9 +94,14 @@ def study_page(material: Material) -> str:
     sweeps = study_axes.sweeps(summary)
     drawn, effects = study_interactive.figures(material, cells, sweeps)
     heat = study_axes.heat(summary)
-    empty = {"published": not published, "axes": not (sweeps or heat or effects)}
+    targets = study_content.target_rows(summary)
+    empty = {
+        "published": not published,
+        "axes": not (sweeps or heat or effects),
+        "cost": not (targets or "pareto" in drawn or "profile" in drawn),
+    }
     keys = [(key, label) for key, label in PUBLISHED.items() if any(key in row["published"] for row in published)]
-    targets = summary.get("targets") or ()
+    goals = summary.get("targets") or ()
     return _page(
         "study.html.j2",
         kicker=f"muonlab study {summary['name']}",
@@ -123,9 +128,11 @@ def study_page(material: Material) -> str:
         heat=heat,
         effects=effects,
         several_axes=len(study_content.axes_of(summary)) > 1,
-        workloads="pairs of target and seed" if len(targets) > 1 else "seeds",
-        profile_target=", ".join(f"{target:g} nats" for target in targets) or "the final loss of the median cell",
-        targets=study_content.target_rows(summary),
+        workloads="pairs of target and seed" if len(goals) > 1 else "seeds",
+        profile_target=", ".join(f"{target:g} nats" for target in goals) or "the final loss of the median cell",
+        targets=targets,
+        shown={place for place in STUDY_SECTIONS if not empty.get(place)},
+        efficient=any(math.isfinite(row["gain"]) for row in cells),
         first_seed_only=study_interactive.too_many(material),
         threats=study_threats(material),
         protocol=study_text.protocol(material),

@@ -16,9 +16,15 @@ REQUIRED: dict[str, dict[str, tuple[str, ...]]] = {
         "trials": ("optimizer", "values", "status"),
         "finals": ("optimizer", "seed", "status"),
     },
-    "study": {"": ("name", "cells", "groups", "seeds"), "cells": ("cell", "group", "values", "runs")},
+    "study": {
+        "": ("name", "cells", "groups", "seeds"),
+        "cells": ("cell", "group", "values", "runs"),
+        "runs": ("seed", "directory", "status"),
+    },
 }
 """Kind of summary -> part -> keys without which nothing can be drawn."""
+MISSING = "missing"
+"""Status of a planned run of a study without a readable record; the summary's `problems` say why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +45,7 @@ def read_material(directory: str | Path, kind: str | None = None) -> Material:
     runs, unreadable = {}, {}
     for entry in run_entries(summary):
         name = entry.get("directory")
-        if name is None or name in runs or name in unreadable:
+        if name is None or name in runs or name in unreadable or entry.get("status") == MISSING:
             continue
         try:
             runs[name] = read_run(root / name)
@@ -72,7 +78,7 @@ def read_summary(path: Path, kind: str | None = None) -> dict[str, Any]:
     if found not in ((kind,) if kind else REQUIRED):
         raise InputError(f"{path} is not the summary of a {kind or ' or a '.join(REQUIRED)}")
     for part, keys in REQUIRED[found].items():
-        for entry in [summary] if not part else summary[part]:
+        for entry in [summary] if not part else run_entries(summary) if part == "runs" else summary[part]:
             missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
             if missing:
                 where = f"an entry of {part} lacks" if part else "it lacks"

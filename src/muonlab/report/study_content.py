@@ -7,7 +7,7 @@ from typing import Any
 
 from muonlab.report import content, series, style
 from muonlab.report.differences import differing, routing_rules
-from muonlab.report.reading import Material, runs_of
+from muonlab.report.reading import MISSING, Material, runs_of
 
 CARDS = 3
 """Verdicts that get a card each; more become one sentence and a table."""
@@ -201,12 +201,15 @@ def target_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def run_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every run as a row, with its cell and group."""
-    return [
-        {**dict.fromkeys(RUN_KEYS), **run, "cell": cell["cell"], "group": cell["group"]}
-        for cell in summary["cells"]
-        for run in cell["runs"]
-    ]
+    """Every run as a row, with its cell and group; the loss of a run that is not finished is none."""
+    rows = []
+    for cell in summary["cells"]:
+        for run in cell["runs"]:
+            row = {**dict.fromkeys(RUN_KEYS), **run, "cell": cell["cell"], "group": cell["group"]}
+            if run["status"] != "finished":
+                row |= {"report_cross_entropy": None, "tune_cross_entropy": None}
+            rows.append(row)
+    return rows
 
 
 def differences(material: Material) -> dict[str, Any]:
@@ -239,7 +242,7 @@ def problems(material: Material) -> dict[str, str]:
     """Run directories that are missing, damaged, half-written or failed -> what is wrong with each."""
     found = {entry["directory"]: str(entry["message"]) for entry in material.summary.get("problems") or ()}
     for row in run_rows(material.summary):
-        if row["status"] not in ("finished", "missing") and row["directory"] not in found:
+        if row["status"] not in ("finished", MISSING) and row["directory"] not in found:
             found[row["directory"]] = f"{row['status']}{': ' + str(row['message']) if row.get('message') else ''}"
     return {**material.unreadable, **found}
 

@@ -17,6 +17,10 @@ MOST = 40
 """Rows of a table in the terminal; all of them are in runs.csv and on the page."""
 
 
+FAR = 16.0
+"""Factor beyond the values tried from which an end of an interval is no number any more."""
+
+
 def study_tables(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Cells, published numbers, good ranges, targets, problems, advice, and the verdicts last, in words."""
     yield cells_table(summary)
@@ -119,16 +123,20 @@ def bounds(line: study_axes.Sweep) -> tuple[str, str, str]:
 
 
 def optimum(line: study_axes.Sweep) -> str:
-    """The vertex of the parabola with its interval, and whether it lies outside of what was tried."""
+    """The vertex of the parabola with its interval, and whether it lies outside of what was tried.
+
+    An end of the interval that lies further than FAR from everything tried says only that there is no end on that side.
+    """
     fit = (line.found or {}).get("optimum")
     if not fit:
         return "–"
-    text = style.short(float(fit["lr"]), 3)
+    first, last = line.points[0]["x"], line.points[-1]["x"]
     low, high = (series.number(bound) for bound in fit.get("interval") or (None, None))
-    if low > 0 and math.isfinite(high):
-        text += f" ({style.short(low, 2)} to {style.short(high, 2)})"
-    inside = line.points[0]["x"] <= fit["lr"] <= line.points[-1]["x"]
-    return text if inside else f"{text}, beyond what was tried"
+    below, above = low >= first / FAR, high <= last * FAR
+    ends = (style.short(low, 2), style.short(high, 2))
+    within = f" ({ends[0]} to {ends[1]})" if below and above else f" (above {ends[0]})" if below else f" (below {ends[1]})" if above else ""  # fmt: skip
+    text = style.short(float(fit["lr"]), 3) + within
+    return text if first <= fit["lr"] <= last else f"{text}, beyond what was tried"
 
 
 def percent(share: float) -> str:

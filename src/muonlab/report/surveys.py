@@ -121,7 +121,9 @@ def heatmap_plot(
     count = max(1, len(tables))
     columns = min(count, PANELS)
     rows = math.ceil(count / columns)
-    size = (1.8 + columns * (0.5 + 0.72 * max(2, len(xs))), 0.7 + rows * (0.9 + 0.5 * max(1, len(ys))))
+    names = [plain(style.clipped(style.label(value), 18)) for value in ys]
+    margin = 1.6 + 0.08 * max(map(len, names), default=0)
+    size = (margin + columns * (0.3 + 0.72 * max(2, len(xs))), 0.7 + rows * (0.9 + 0.5 * max(1, len(ys))))
     with matplotlib.rc_context({**RC, "axes.grid": False}):
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False)
@@ -138,7 +140,7 @@ def heatmap_plot(
                     dark = math.isfinite(excess) and excess > 0.55 * top
                     axes.text(i, j, text, ha="center", va="center", fontsize=8, color="white" if dark else style.INK)
             axes.set_xticks(range(len(xs)), [plain(style.clipped(style.label(value), 12)) for value in xs])
-            axes.set_yticks(range(len(ys)), [plain(style.clipped(style.label(value), 18)) for value in ys])
+            axes.set_yticks(range(len(ys)), names if index % columns == 0 else [""] * len(ys))
             axes.set_title(plain(style.clipped(name, 14 * max(2, len(xs)))), fontsize=9)
             axes.set_xlabel(plain(x) if index + columns >= len(tables) else "")
             axes.set_ylabel(plain(y) if index % columns == 0 else "")
