@@ -127,6 +127,10 @@ def trials_of(summary: Mapping[str, Any], optimizer: str) -> list[Trial]:
     return sorted(found, key=lambda trial: (trial.lr, trial.index))
 
 
+SCATTERED = ("sobol", "halton", "tpe", "rung")
+"""Stages of a search whose points differ in every knob at once: no two of them make a slice."""
+
+
 def sweep(trials: Sequence[Trial]) -> list[Trial]:
     """The trials that differ in nothing but the learning rate: the slice in which a width of the good range has a meaning.
 
