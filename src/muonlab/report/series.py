@@ -134,21 +134,19 @@ SCATTERED = ("sobol", "halton", "tpe", "rung")
 def sweep(trials: Sequence[Trial]) -> list[Trial]:
     """The trials that differ in nothing but the learning rate: the slice in which a width of the good range has a meaning.
 
-    Of several slices the one with the best loss counts among those with three learning rates or more, else the largest; a
-    search whose points all differ in other knobs too has none.
+    Of several slices the one with the best loss counts among those with three learning rates or more, else the largest.
     """
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
         others = {key: value for key, value in trial.values.items() if not key.endswith("lr")}
-        if trial.stage not in ("aux", "auxiliary") or "auxiliary" in others:
+        if not trial.stage.startswith(SCATTERED) and (trial.stage not in ("aux", "auxiliary") or "auxiliary" in others):
             groups.setdefault(repr(sorted(others.items())), []).append(trial)
 
     def rank(group: list[Trial]) -> tuple[int, float]:
         best = min((trial.loss for trial in group if math.isfinite(trial.loss)), default=math.inf)
         return min(3, len({trial.lr for trial in group})), -best
 
-    swept = [group for group in groups.values() if len({trial.lr for trial in group}) > 1 or len(groups) == 1]
-    return max(swept, key=rank, default=[])
+    return max(groups.values(), key=rank, default=[])
 
 
 def sensitivity(trials: Sequence[Trial], delta: float = DELTA) -> LRTolerance | None:
