@@ -17,8 +17,8 @@ def spikes(losses: Sequence[float], window: int = 20, height: float = 6.0) -> in
         jump = not math.isfinite(loss)
         if not jump and len(past) >= window // 2:
             middle = statistics.median(past)
-            spread = statistics.median(abs(value - middle) for value in past)
-            jump = loss - middle > max(0.1, height * spread)
+            if loss - middle > 0.1:  # rarely: most updates need no second median
+                jump = loss - middle > height * statistics.median(abs(value - middle) for value in past)
         count += jump and not inside
         inside = jump
         if not jump:

@@ -143,10 +143,10 @@ def _run(planned: Mapping[str, Any], record: Mapping[str, Any] | None) -> dict[s
 
 
 def _rank(cells: list[dict[str, Any]]) -> None:
-    """Ranks by mean loss over finished seeds; a cell with a seed that diverged comes after those without."""
-    diverged = {c["cell"]: sum(run["status"] == "diverged" for run in c["runs"]) for c in cells}
+    """Ranks by mean loss over finished seeds; a cell with a seed that diverged or is missing comes after those without."""
     ordered = sorted(
-        (cell for cell in cells if cell["mean"] is not None), key=lambda c: (diverged[c["cell"]], c["mean"])
+        (cell for cell in cells if cell["mean"] is not None),
+        key=lambda cell: (len(cell["runs"]) - cell["finished"], cell["mean"]),
     )
     for cell in cells:
         cell["rank"] = ordered.index(cell) + 1 if cell in ordered else None
@@ -203,15 +203,15 @@ def _group_contrasts(
 
 
 def _sensitivity(plan: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How the loss depends on every logarithmic axis, for each group and each setting of the other axes."""
+    """How the loss depends on every logarithmic axis, for each case and each setting of the other axes."""
     found = []
     for name in dict.fromkeys(axis["name"] for axis in plan["axes"] if axis["log"]):  # groups may have axes of one name
-        lines: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+        lines: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
         for cell in cells:
             if name in cell["values"]:
                 rest = {key: value for key, value in cell["values"].items() if key != name}
-                lines.setdefault((cell["group"], json.dumps(rest, sort_keys=True)), []).append(cell)
-        for (group, rest_text), line in lines.items():
+                lines.setdefault((cell["group"], cell["case"], json.dumps(rest, sort_keys=True)), []).append(cell)
+        for (group, case, rest_text), line in lines.items():
             rates = [float(cell["values"][name]) for cell in line]
             means = [
                 math.inf if any(run["status"] == "diverged" for run in cell["runs"]) else cell["mean"] for cell in line
@@ -225,6 +225,7 @@ def _sensitivity(plan: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) ->
             found.append(
                 {
                     "group": group,
+                    "case": case,
                     "axis": name,
                     "rest": json.loads(rest_text),
                     **asdict(width),

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from muonlab import __version__
 from muonlab.diagnostics.stability import plateaus, spikes
 from muonlab.errors import InputError
-from muonlab.training.tracking import read_run, versions, write_json
+from muonlab.training.tracking import read_run, write_json
 
 INDEX = "index.json"
 KEPT = [
@@ -71,7 +72,7 @@ def read_records(directory: str | Path) -> Records:
         if record["status"] in ("finished", "diverged"):
             index[name] = {"stamp": stamp, "record": record}
     if index != remembered:
-        write_json(directory / INDEX, {"code": _code(), "runs": index})
+        write_json(directory / INDEX, {"code": __version__, "runs": index})
     return Records(runs, problems)
 
 
@@ -96,10 +97,6 @@ def _record(path: Path) -> dict[str, Any]:
 def _read_index(path: Path) -> dict[str, Any]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        return dict(stored["runs"]) if stored["code"] == _code() else {}
+        return dict(stored["runs"]) if stored["code"] == __version__ else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _code() -> str:
-    return versions()["muonlab"]
