@@ -73,7 +73,7 @@ def test_views_and_stacks_are_watched_matrix_by_matrix():
     model["qkv"].row_split = (16, 8, 8)
     for param in model.parameters():
         param.grad = torch.randn(param.shape)
-    rows = watched_step(Muon(model, dtype="float32"))
+    rows = watched_step(Muon(model, dtype="float32", weight_decay=0.0))
     assert [(row["name"], row["shape"], row["matrices"]) for row in rows] == [
         ("experts.up", [24, 16], 3),
         ("qkv.weight", [16, 16], 1),
