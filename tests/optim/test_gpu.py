@@ -1,12 +1,14 @@
 """The plain torch path on a CUDA device: the same updates, no host sync, and a step that can be captured."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from muonlab import Muon, orthogonalize
+from muonlab.models import ModelOptions, Transformer
 from muonlab.optim import OPTIMIZERS, build_optimizer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -54,7 +56,19 @@ def test_half_precision_iterations_are_as_exact_as_stated(dtype):
     assert orthogonalize(x.cuda()).dtype == torch.float16
 
 
-@pytest.mark.parametrize("options", [{}, {"skip_nonfinite": True, "normuon_beta": 0.95, "idle": "fade"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"skip_nonfinite": True, "normuon_beta": 0.95, "idle": "fade"},
+        {"method": "mud", "momentum_dtype": "int8", "normuon_axis": "entries", "normuon_beta": 0.95},
+        {"mars_gamma": 0.025, "laprop_beta": 0.99, "cautious_update": True, "nuclear_scale": True},
+        {"row_fraction": 0.5, "normuon_axis": "sum", "normuon_beta": 0.0, "decay_form": "l2"},
+        {"fixed_norm": True, "stiefel": True, "block_size": 24, "block_period": 2},
+    ],
+    ids=lambda options: next(iter(options), "plain"),
+)
+@pytest.mark.filterwarnings("ignore:the fast GPU step does not cover")
 def test_a_step_does_not_wait_for_the_device(options):
     model = small_model().cuda()
     optimizer = Muon(model, **options)
@@ -99,6 +113,40 @@ def test_a_captured_step_replays_as_eager_ones_and_follows_a_live_learning_rate(
         graph.replay()
     for p, q in zip(eager.parameters(), captured.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_qk_clip_is_captured_with_forward_backward_and_step():
+    torch.manual_seed(0)
+    options = ModelOptions(
+        vocab_size=40, seq_len=16, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=32, fused_qkv=True
+    )
+    eager = Transformer(replace(options, init_std=1.0)).cuda()
+    captured = copy.deepcopy(eager)
+    models = (eager, captured)
+    optimizers = [Muon(model, lr=torch.tensor(1e-3, device="cuda"), qk_clip=5.0, dtype="float32") for model in models]
+    tokens = torch.randint(0, 40, (4, 16), generator=torch.Generator().manual_seed(1)).cuda()
+
+    def update(i):
+        optimizers[i].zero_grad(set_to_none=True)
+        models[i](tokens).hidden.square().mean().backward()
+        optimizers[i].step()
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(3):
+            update(0)
+            update(1)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    optimizers[1].zero_grad(set_to_none=True)
+    with torch.cuda.graph(graph):
+        update(1)
+    for _ in range(5):
+        update(0)
+        graph.replay()
+    for p, q in zip(eager.parameters(), captured.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+    eager(tokens)
+    assert max(block.attention.logit_meter.largest.max().item() for block in eager.blocks) < 5.0 * 1.2
 
 
 def test_state_moves_with_the_parameters_it_is_loaded_for():
