@@ -233,6 +233,22 @@ def test_groups_added_later_are_routed_like_given_ones():
     assert overridden.param_groups[-1]["lr"] == 1e-3
 
 
+def test_a_group_that_cannot_be_added_leaves_the_optimizer_as_it_was():
+    vector = matrix(8)
+    optimizer = Muon([matrix(8, 8), vector])
+    for group, words in (
+        (
+            {"params": [matrix(8, 8, seed=1), vector]},
+            r"parameter 1 \[8\] of the added group belongs to the optimizer already",
+        ),
+        ({"params": [matrix(8, 8, seed=1)], "ns_stepz": 3}, "did you mean 'ns_steps'"),
+        ({"params": [matrix(8, 8, seed=1)], "lr": -1.0}, "lr must be a number >= 0"),
+    ):
+        with pytest.raises(InputError, match=words):
+            optimizer.add_param_group(group)
+        assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1]
+
+
 def test_groups_in_keller_jordans_form_are_understood():
     head, hidden, gain = matrix(32, 8), matrix(8, 8), matrix(8)
     groups = [

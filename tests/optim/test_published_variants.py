@@ -360,6 +360,7 @@ def test_a_fading_matrix_counts_updates_of_tiles_and_of_the_whole_alike():
     [
         ({"row_fraction": 0.0}, r"row_fraction must lie in \(0, 1\]"),
         ({"row_fraction": 0.5, "sign_momentum": True}, "not with sign_momentum"),
+        ({"row_fraction": 0.5, "normuon_axis": "norm"}, "not with normuon_axis='norm'"),
         ({"mars_gamma": -1.0}, "mars_gamma must be a number >= 0"),
         ({"laprop_beta": 1.0}, r"laprop_beta must lie in \[0, 1\)"),
         ({"normuon_axis": "entires"}, "did you mean 'entries'"),

@@ -75,8 +75,15 @@ class HybridOptimizer(torch.optim.Optimizer):
         """Adds parameters later, as torch does: matrices and vectors of one group may become several groups.
 
         Overrides are for the parameters that the optimizer was made with."""
-        options = replace(self._options, overrides=())
-        for group in [param_group] if "rule" in param_group else plan([param_group], options, *self._rules):
+        if "rule" in param_group:
+            super().add_param_group(param_group)
+            return
+        groups = plan([param_group], replace(self._options, overrides=()), *self._rules)
+        known = {id(param) for param in self._params()}
+        for name, param in (pair for group in groups for pair in group["params"]):
+            if id(param) in known:
+                raise InputError(f"{name} {list(param.shape)} of the added group belongs to the optimizer already")
+        for group in groups:
             super().add_param_group(group)
 
     @overload

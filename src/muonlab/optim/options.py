@@ -307,6 +307,10 @@ class MuonOptions(OptimizerOptions):
             for name in ("sign_momentum", "equilibrate_rows", "nuclear_scale"):
                 if getattr(self, name):
                     raise InputError(f"row_fraction chooses rows of the momentum as it is: not with {name}")
+            if self.normuon_axis == "norm":
+                raise InputError(
+                    "row_fraction leaves momentum behind, whose norm says nothing: not with normuon_axis='norm'"
+                )
 
     @classmethod
     def of(cls, convention: str, **given: Any) -> Self:

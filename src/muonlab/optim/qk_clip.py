@@ -32,7 +32,8 @@ class LogitMeter(nn.Module):
     """Keeps the largest attention logit of every head since it was last read: `meter(query, key, mask)` in the forward pass.
 
     Exact: one more product of queries and keys, about a seventh of what attention computes forward and backward. It works
-    compiled and captured. With several processes reduce `largest` over them by its maximum before the step.
+    compiled and captured. With several processes reduce `largest` over them by its maximum before the step, and let
+    DistributedDataParallel leave buffers alone (`broadcast_buffers=False`).
     """
 
     largest: Tensor
@@ -96,22 +97,23 @@ def max_logits(
         mask: [B, 1, T, T] or alike, True where a query sees a key; None means causal.
 
     Returns:
-        [H] fp32, on the device of `query`; no gradient, no host sync.
+        [H] fp32, on the device of `query`, from products in its dtype; no gradient, no host sync.
     """
     _, heads, length, width = query.shape
     with torch.no_grad():
-        key = key.repeat_interleave(heads // key.shape[1], dim=1).float()
+        query = query * (width**-0.5 if scale is None else scale)
+        key = key.repeat_interleave(heads // key.shape[1], dim=1)
         largest = torch.full((heads,), -torch.inf, device=query.device)
         positions = torch.arange(length, device=query.device)
         for start in range(0, length, chunk):
-            rows = query[:, :, start : start + chunk].float()
+            rows = query[:, :, start : start + chunk]
             end = start + rows.shape[2]
             logits = rows @ key[:, :, :end].mT  # [B, H, chunk, end]
             hidden = positions[:end] > positions[start:end, None]
             if mask is not None:
                 hidden = hidden | ~mask[..., start:end, :end]
-            largest = torch.maximum(largest, logits.masked_fill(hidden, -torch.inf).amax((0, 2, 3)))
-    return largest * (width**-0.5 if scale is None else scale)
+            largest = torch.maximum(largest, logits.masked_fill(hidden, -torch.inf).amax((0, 2, 3)).float())
+    return largest
 
 
 @torch.no_grad()

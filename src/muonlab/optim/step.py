@@ -126,7 +126,7 @@ def update_matrices(
 
     before = [value.clone() for value in (params, *state.values())] if keep is not None else []
     if group.get("decay_form") == "l2":
-        grads = grads + params * group["weight_decay"]
+        grads = variants.widened(grads) + params * group["weight_decay"]
     update = rules.muon(grads, state, variant=variant, **hyper)
     if group.get("fixed_norm"):
         norm = variants.frobenius(variants.widened(params))
@@ -194,7 +194,7 @@ def update_entries(
     for param, grad, *state in pieces:
         before = [value.clone() for value in (param, *state)] if keep is not None else []
         if group.get("decay_form") == "l2":
-            grad = grad + param * group["weight_decay"]
+            grad = variants.widened(grad) + param * group["weight_decay"]
         update = rule.update(grad, dict(zip(rule.state, state)), **hyper)
         rules.apply_update_(param, update, step_size=lr, shrink=decay_of(group, lr), cautious=group["cautious_decay"])
         for value, old in zip((param, *state), before):
