@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from muonlab.report import content, html, interactive, series, style
-from muonlab.report.differences import differing, flat, routing_rules
+from muonlab.report.differences import differing, routing_rules
 from muonlab.report.reading import Material, read_material
 from muonlab.report.threats import threats
+from muonlab.training.config import flat
 
 
 def run(seed, losses, status="finished", split="report"):

@@ -3,18 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from muonlab.training.config import flat
+
 MISSING = None
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one: {"optimizer.lr": 0.02, ...}."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            result |= flat(value, f"{prefix}{key}.")
-        else:
-            result[f"{prefix}{key}"] = value
-    return result
 
 
 def differing(configs: Sequence[Mapping[str, Any]], ignore: Sequence[str] = ("name", "seed")) -> dict[str, list[Any]]:

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from muonlab.report import content, series, style
-from muonlab.report.differences import flat
 from muonlab.report.reading import Material
 from muonlab.report.stability import recommendations
 from muonlab.report.threats import threats
+from muonlab.training.config import flat
 
 TEX = {
     "\\": r"\textbackslash{}",

@@ -19,11 +19,11 @@ from muonlab.report import (
     study_text,
     style,
 )
-from muonlab.report.differences import flat
 from muonlab.report.reading import Material, finals_of
 from muonlab.report.stability import recommendations
 from muonlab.report.study_threats import study_threats
 from muonlab.report.threats import threats
+from muonlab.training.config import flat
 
 COMPARISON_SECTIONS = {
     "verdict": "Verdict",

@@ -6,12 +6,12 @@ from typing import Any
 
 from muonlab.report import series, study_axes, style
 from muonlab.report import study_content as content
-from muonlab.report.differences import flat
 from muonlab.report.exports import article, csv_text, description, floating, signed_tex, tabular, tex, tex_interval
 from muonlab.report.reading import Material
 from muonlab.report.study_tables import bounds, optimum, percent
 from muonlab.report.study_text import memory, origin, protocol, recommendations, setting
 from muonlab.report.study_threats import study_threats
+from muonlab.training.config import flat
 
 ROWS = 45
 """Rows of a table that fit on a page."""

@@ -13,7 +13,7 @@ from muonlab.studies.executor import Executor, Job, OnProgress
 from muonlab.studies.judge import PLAN, judge, read_plan
 from muonlab.studies.records import read_records
 from muonlab.studies.study import Study, slug
-from muonlab.training.config import RunConfig, replace, run_id
+from muonlab.training.config import RunConfig, flat, replace, run_id
 from muonlab.training.loop import resolve
 from muonlab.training.tracking import write_json
 
@@ -138,14 +138,3 @@ def run_study(
     if failures:
         write_json(directory / PLAN, {**values, "failures": failures})
     return judge(directory)
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted path."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found

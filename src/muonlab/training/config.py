@@ -174,6 +174,17 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one: {"optimizer.lr": 0.02, ...}."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = value
+    return result
+
+
 def replace(config: RunConfig[Any], **changes: Any) -> RunConfig[Any]:
     """`config` with nested changes, validated: `replace(c, seed=2, optimizer={"lr": 0.01})`."""
     return from_dict(merge(config.to_dict(), changes))
