@@ -210,7 +210,7 @@ def test_a_dry_run_estimates_the_time_and_writes_nothing(capsys, tmp_path):
 def test_list_names_every_kind(capsys):
     code, out, _ = call("list", capsys=capsys)
     assert code == 0
-    for word in ("muon", "adamw", "micro", "enwik8", "pydoc", "cosine", "focal"):
+    for word in ("muon", "adamw", "micro", "enwik8", "pydoc", "cosine", "focal", "halving", "wandb"):
         assert word in out
 
 

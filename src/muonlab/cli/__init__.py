@@ -21,7 +21,7 @@ EPILOG = """examples:
   muonlab train --model micro --optimizer muon --lr 0.02 --updates 300
   muonlab train my-run.toml --optimizer.weight-decay 0.05
   muonlab study exp9 --scale micro               a published experiment again, small, with error bars
-  muonlab list                                   optimizers, models, corpora, schedules, losses
+  muonlab list                                   optimizers, models, corpora, schedules, searches, ...
   muonlab inspect --model moe-79m                parameters, FLOPs, routing, memory
   muonlab runs list                              what lies under ./runs
 """
@@ -190,7 +190,12 @@ def parser() -> argparse.ArgumentParser:
     study.add_argument("--fields", action="store_true", help="list every field of the configuration with its flag")
     study.add_argument("--schema", action="store_true", help="print the JSON schema of study files, for editors")
 
-    listing = add("list", looking.cmd_list, "optimizers, models, corpora, schedules, losses", "muonlab list optimizers")
+    listing = add(
+        "list",
+        looking.cmd_list,
+        "optimizers, models, corpora, schedules, losses, searches, trackers",
+        "muonlab list optimizers",
+    )
     listing.add_argument("what", nargs="?", help="only this kind")
 
     inspect = add(

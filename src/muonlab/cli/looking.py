@@ -13,7 +13,9 @@ def cmd_list(options: Any) -> None:
     from muonlab.models import SUMMARIES
     from muonlab.optim.registry import OPTIMIZERS
     from muonlab.optim.schedules import SCHEDULES
+    from muonlab.studies.search import STRATEGIES
     from muonlab.training.losses import LOSSES
+    from muonlab.training.trackers import TRACKERS
 
     kinds: dict[str, dict[str, str]] = {
         "optimizers": {name: entry.summary for name, entry in OPTIMIZERS.items()},
@@ -21,6 +23,8 @@ def cmd_list(options: Any) -> None:
         "corpora": {name: corpus.summary for name, corpus in CORPORA.items()},
         "schedules": dict(SCHEDULES),
         "losses": LOSSES,
+        "searches": {name: strategy.summary for name, strategy in STRATEGIES.items()},
+        "trackers": TRACKERS,
     }
     if options.what and options.what not in kinds:
         raise unknown("kind", options.what, kinds)
@@ -126,6 +130,7 @@ def cmd_doctor(options: Any) -> None:
 
     from muonlab.data import cache_home, cached_datasets
     from muonlab.report.tables import size
+    from muonlab.training.trackers import TRACKERS
 
     print(f"muonlab   {__version__}")
     print(f"python    {platform.python_version()} on {platform.system()} {platform.machine()}")
@@ -136,6 +141,6 @@ def cmd_doctor(options: Any) -> None:
     print(f"threads   {torch.get_num_threads()} of {cores()} cores")
     cached = list(cached_datasets())
     print(f"cache     {cache_home()} ({len(cached)} data sets, {size(sum(entry['size'] for entry in cached))})")
-    extras = {"lab": "tokenizers", "hub": "datasets"}
+    extras = {"lab": "tokenizers", "hub": "datasets", **{name: name for name in ("optuna", *TRACKERS)}}
     missing = [name for name, module in extras.items() if importlib.util.find_spec(module) is None]
     print(f"extras    missing: {', '.join(missing) or 'none'}")
