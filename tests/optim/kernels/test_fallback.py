@@ -33,6 +33,7 @@ def test_triton_is_not_imported_by_the_package_nor_its_kernels_by_a_step_on_a_cp
 
 def test_an_option_that_the_kernels_do_not_know_is_named_and_not_ignored() -> None:
     assert kernels._obstacle(optimizer_with(normuon_beta=0.95).param_groups) == "the option normuon_beta=0.95"
+    assert kernels._obstacle(optimizer_with(momentum_dtype="int8").param_groups) == "the option momentum_dtype='int8'"
     groups = optimizer_with().param_groups
     groups[0]["an_option_of_tomorrow"] = 1
     assert kernels._obstacle(groups) == "the option an_option_of_tomorrow=1"

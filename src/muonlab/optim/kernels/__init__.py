@@ -115,6 +115,8 @@ def _obstacle(groups: list[dict[str, Any]]) -> str | None:
                 continue
             if name not in _NEUTRAL or value not in _NEUTRAL[name]:
                 return f"the option {name}={value!r}"
+        if group.get("momentum_dtype") == "int8":
+            return "the option momentum_dtype='int8'"
         for name in ("lr", "weight_decay", "momentum", "block_lr"):
             if isinstance(group.get(name), Tensor) and group[name].numel() != 1:
                 return f"one {name} for each matrix"
