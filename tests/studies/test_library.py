@@ -119,7 +119,8 @@ def test_the_micro_scale_has_100_updates_of_enwik8_on_one_thread_and_keeps_cells
     for version in file.versions or [None]:
         full, micro = (read_study(name, version=version, scale=scale) for scale in ("full", "micro"))
         assert [entry.name for entry in micro.cells] == [entry.name for entry in full.cells]
-        assert micro.axes == full.axes
+        observed = {axis.name for axis in file.axes if axis.observed}  # block sizes shrink with the matrices
+        assert [a for a in micro.axes if a.name not in observed] == [a for a in full.axes if a.name not in observed]
         for large, small in zip(full.cells, micro.cells, strict=True):
             training, model = small.config.training, small.config.model
             assert training.updates >= 100

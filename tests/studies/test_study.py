@@ -68,6 +68,14 @@ def test_quasi_random_points_fill_their_box_and_are_the_same_every_time(tmp_path
     assert all(1e-3 <= o.lr <= 1e-1 and 0.8 <= o.momentum <= 0.96 for o in options)
 
 
+def test_an_observed_axis_makes_no_cells_and_places_the_cases_that_have_a_value(tmp_path):
+    cases = [{"name": name, "optimizer": {"name": "muon", **size}} for name, size in (("a", {"block_size": 16}), ("b", {"block_size": 8}), ("whole", {}))]  # fmt: skip
+    axes = [{"name": "block size", "field": "optimizer.block_size", "observed": True}]
+    study = read_study(written(tmp_path, cases=cases, axes=axes, reference="whole", published=None, versions=None, default=None))  # fmt: skip
+    assert [(cell.name, cell.values) for cell in study.cells] == [("a", {"block size": 16}), ("b", {"block size": 8}), ("whole", {})]  # fmt: skip
+    assert study.axes[0].values == (8, 16)
+
+
 def test_a_version_changes_what_it_says_and_nothing_else(tmp_path):
     path = written(tmp_path)
     published, corrected = read_study(path, version="as-published"), read_study(path)
@@ -131,7 +139,7 @@ def test_a_table_that_is_given_another_name_begins_anew():
         ({"axes": [{"name": "lr", "feild": "optimizer.lr", "values": [1]}]}, "did you mean 'axes.0.field'"),
         ({"axes": [{"name": "lr", "field": "optimizer.lrr", "values": [0.1], "only": "muon"}]}, "did you mean 'optimizer.lr'"),
         ({"axes": [{"name": "lr", "field": "lr", "values": [0.1]}]}, "not the path of a field"),
-        ({"axes": [{"name": "lr", "field": "optimizer.lr"}]}, "exactly one of values, log_range, sobol"),
+        ({"axes": [{"name": "lr", "field": "optimizer.lr"}]}, "exactly one of values, log_range, sobol, observed"),
         ({"axes": [{"name": "lr", "field": "optimizer.lr", "values": [0.1], "sobol": 4}]}, "exactly one of"),
         ({"axes": [{"name": "lr", "fields": ["optimizer.lr", "optimizer.embedding_lr"], "values": [0.1]}]}, "a list of 2"),
         ({"axes": [{"name": "lr", "field": "optimizer.lr", "log_range": [1, 0.1, 3]}]}, "0 < from < to"),

@@ -74,18 +74,20 @@ class AxisTable(Table):
     """Number of quasi-random points over `ranges`."""
     ranges: dict[str, tuple[Any, ...]] = {}
     """sobol: path -> [from, to], spaced logarithmically unless a third entry says "linear"."""
+    observed: bool = False
+    """Makes no cells: the cases' own values of `field` are their places on this axis, for figures along it."""
     only: str = "*"
     """Pattern of the names of cases that the axis applies to."""
 
     @model_validator(mode="after")
     def _one_way(self) -> "AxisTable":
-        ways = [bool(self.values), self.log_range is not None, bool(self.sobol)]
+        ways = [bool(self.values), self.log_range is not None, bool(self.sobol), self.observed]
         if sum(ways) != 1:
-            raise InputError(f"axis {self.name!r} needs exactly one of values, log_range, sobol")
+            raise InputError(f"axis {self.name!r} needs exactly one of values, log_range, sobol, observed")
         if self.sobol:
             if self.field or self.fields or not self.ranges:
                 raise InputError(f"axis {self.name!r}: sobol takes `ranges` in place of field and fields")
-        elif bool(self.field) == bool(self.fields):
+        elif bool(self.field) == bool(self.fields) or (self.observed and not self.field):
             raise InputError(f"axis {self.name!r} needs either `field` or `fields`")
         if self.log_range is not None and not (0 < self.log_range[0] < self.log_range[1] and self.log_range[2] >= 2):
             raise InputError(f"axis {self.name!r}: log_range is [from, to, count] with 0 < from < to and count >= 2")

@@ -13,7 +13,7 @@ from typing import Any
 
 from muonlab.errors import InputError, unknown
 from muonlab.studies.format import AxisTable, Case, Layer, StudyFile, lay, read_file
-from muonlab.training.config import RunConfig, as_tables, from_dict, merge, optimizer_name, replace
+from muonlab.training.config import RunConfig, as_tables, flat, from_dict, merge, optimizer_name, replace
 
 FULL = "full"
 """The scale of the file's own base."""
@@ -148,7 +148,7 @@ def read_study(
         seeds=numbers,
         reference=reference if any(cell.name == reference for cell in cells) else None,
         targets=file.targets,
-        axes=tuple(_axis(axis) for axis in file.axes),
+        axes=tuple(_axis(axis, seeded) for axis in file.axes),
         cells=tuple(seeded),
         base=from_dict(lay(base, changes), f"{name}: base"),
     )
@@ -169,7 +169,10 @@ def _seeds(own: tuple[int, ...] | int, wanted: int | None, name: str) -> tuple[i
     return tuple(seeds)
 
 
-def _axis(table: AxisTable) -> Axis:
+def _axis(table: AxisTable, cells: Sequence[Cell]) -> Axis:
+    if table.observed:
+        found = {cell.values[table.name] for cell in cells if table.name in cell.values}
+        return Axis(table.name, table.paths, tuple(sorted(found)), False)
     log = table.log_range is not None or any(path.endswith("lr") for path in table.paths[:1])
     return Axis(table.name, table.paths, _labels(table), log)
 
@@ -191,7 +194,8 @@ def _cells(
             elif not any(fnmatch.fnmatchcase(other.name, pattern) for other in file.cases or (Case(),)):
                 raise InputError(f"{name}: {unknown('case', pattern, [other.name for other in file.cases])}")
     values = lay(values, changes)
-    axes = [axis for axis in file.axes if fnmatch.fnmatchcase(case.name, axis.only)]
+    applying = [axis for axis in file.axes if fnmatch.fnmatchcase(case.name, axis.only)]
+    axes = [axis for axis in applying if not axis.observed]
     made = []
     for choice in itertools.product(*(list(zip(_labels(axis), axis.points, strict=True)) for axis in axes)):
         cell, place = values, {}
@@ -204,6 +208,10 @@ def _cells(
             raise InputError(f"{name}: a case needs a name, or an axis that makes its cells")
         config = from_dict({**cell, "name": slug(title)}, f"{name}: cell {title!r}")
         group = case.group or optimizer_name(config.optimizer)
+        own = flat(config.to_dict())
+        for axis in (axis for axis in applying if axis.observed):
+            if own.get(axis.paths[0]) is not None:
+                place[axis.name] = own[axis.paths[0]]
         published = case.published.to_dict() if case.published and not axes else None
         made.append(Cell(title, group, case.name, place, config, published))
     return made
