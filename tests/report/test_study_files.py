@@ -55,7 +55,7 @@ def rows(path):
 
 def test_a_study_gets_every_file_that_its_axes_allow(study, grid):
     assert {path.name for path in grid.glob("*_plot.png")} == {
-        "curves_plot.png",
+        "comparison_plot.png",
         "performance_plot.png",
         "pareto_plot.png",
         "profile_plot.png",

@@ -16,7 +16,7 @@ from muonlab.training.config import flat
 ROWS = 45
 """Rows of a table that fit on a page."""
 CAPTIONS = {
-    "curves_plot": "Validation loss against updates and against training time: mean of seeds, band from lowest to highest.",
+    "comparison_plot": "Validation loss against updates and against training time: mean of seeds, band from lowest to highest.",
     "performance_plot": "All cells, best first: loss with its seeds and 95\\,\\% interval, perplexity, accuracy, training time.",
     "sensitivity_plot": f"Loss against each logarithmic axis; bars: within {series.DELTA} nats of the best.",
     "heatmap_plot": "Loss over two axes, mean over seeds.",

@@ -21,7 +21,7 @@ def pictures(material: Material) -> dict[str, Callable[[Path], None]]:
     others = [curve for name, curve in curves.items() if name not in named]
     points = [(row["group"], row["cell"], row["seconds"], row["loss"]) for row in rows]
     drawn: dict[str, Callable[[Path], None]] = {
-        "curves_plot.png": lambda path: study_figures.curves_plot({n: curves[n] for n in named}, named, others, split, path),
+        "comparison_plot.png": lambda path: study_figures.curves_plot({n: curves[n] for n in named}, named, others, split, path),
         "performance_plot.png": lambda path: study_figures.performance_plot(rows, path),
         "pareto_plot.png": lambda path: surveys.pareto_plot(points, "report", path),
     }  # fmt: skip

@@ -15,7 +15,7 @@ from muonlab.studies.records import read_records
 from muonlab.studies.study import Study, slug
 from muonlab.training.config import RunConfig, flat, replace, run_id
 from muonlab.training.loop import resolve
-from muonlab.training.tracking import write_json
+from muonlab.training.tracking import without_none, write_json
 
 SPLITS = {"training": {"eval_splits": ["tune", "report"]}}
 """Every run of a study is evaluated on both: choices are made on tune, judgements on report."""
@@ -44,6 +44,7 @@ def plan_study(study: Study, directory: str | Path, *, fallback: bool = False, p
         config, dataset = resolve(replace(cell.config, **SPLITS), fallback=fallback, progress=progress)
         notices += [notice for notice in dataset.notices if notice not in notices]
         own = {k: v for k, v in flat(cell.config.to_dict()).items() if k not in ("name", "seed") and base.get(k) != v}
+        own = {key: without_none(value) for key, value in own.items()}
         runs = []
         for seed in study.seeds:
             seeded = config.model_copy(update={"seed": seed})
