@@ -6,6 +6,7 @@ import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -252,8 +253,13 @@ def run_id(config: RunConfig[Any], data_checksum: str) -> str:
 
 def to_plain(options: Any) -> dict[str, Any]:
     """A dataclass of options as plain nested values."""
-    plain: dict[str, Any] = TypeAdapter(type(options)).dump_python(options, mode="json")
+    plain: dict[str, Any] = _adapter(type(options)).dump_python(options, mode="json")
     return plain
+
+
+@cache
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)  # takes a millisecond to make
 
 
 def optimizer_name(options: Any) -> str:
