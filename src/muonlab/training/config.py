@@ -253,12 +253,13 @@ def run_id(config: RunConfig[Any], data_checksum: str) -> str:
 
 def to_plain(options: Any) -> dict[str, Any]:
     """A dataclass of options as plain nested values."""
-    plain: dict[str, Any] = _adapter(type(options)).dump_python(options, mode="json")
+    kind: Any = type(options)
+    plain: dict[str, Any] = _adapter(kind).dump_python(options, mode="json")
     return plain
 
 
 @cache
-def _adapter(kind: type) -> TypeAdapter[Any]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)  # takes a millisecond to make
 
 
