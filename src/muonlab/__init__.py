@@ -1,6 +1,6 @@
 """muonlab: Muon as a drop-in optimizer, and a laboratory for optimizers of language models.
 
-`import muonlab` imports torch and nothing else; the laboratory (`muonlab[lab]`) is imported when it is used.
+Names are imported when they are used: the optimizer needs torch alone, the laboratory what `muonlab[lab]` installs.
 """
 
 from typing import TYPE_CHECKING

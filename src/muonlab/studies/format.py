@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from muonlab.errors import InputError, unknown
-from muonlab.training.config import as_tables, read_toml
+from muonlab.training.config import as_tables, merge, read_toml
 
 TABLES = ("model", "data", "optimizer", "schedule", "loss", "training")
 """Tables of a run's configuration that a study may set."""
@@ -218,17 +218,9 @@ def lay(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         name = {"model": "preset", "optimizer": "name", "data": "corpus"}.get(key)
         anew = name is not None and isinstance(value, dict) and name in value and name in (old or {})
         if isinstance(value, dict) and isinstance(old, dict) and not (anew and value[name] != old[name]):
-            merged[key] = _nest(old, value)
+            merged[key] = merge(old, value)
         else:
             merged[key] = value
-    return merged
-
-
-def _nest(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(under)
-    for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = _nest(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
     return merged
 
 

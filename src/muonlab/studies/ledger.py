@@ -3,7 +3,6 @@
 A row names a claim, the study and the statistic that would decide it. It holds no verdict: those are computed (claims).
 """
 
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,6 +16,7 @@ from muonlab.errors import InputError, unknown
 from muonlab.studies.format import Table, library, read_file
 from muonlab.studies.study import Cell, read_study
 from muonlab.studies.verdicts import evaluate
+from muonlab.training.config import read_toml
 
 Measure = Literal["loss", "best_loss", "perplexity", "accuracy", "seconds", "memory", "spikes", "plateaus"]
 Patterns = Annotated[
@@ -201,14 +201,9 @@ def read_ledger(path: str | Path) -> Ledger:
     `studies` in the file lists study files of its own, relative to it, beside those of the library.
     """
     path = Path(path)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"no ledger at {path}; name one with --ledger") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid TOML: {error}") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    if not path.exists():
+        raise InputError(f"no ledger at {path}; name one with --ledger")
+    values = read_toml(path)
     for key in values:
         if key not in KEYS:
             raise InputError(f"{path}: {unknown('key', key, KEYS)}")
