@@ -210,6 +210,10 @@ def test_threats_come_from_the_data(comparison, fake, tmp_path):
     assert "Tuning trials that did not finish" in titles(read_material(comparison))
     edge = changed(comparison, chosen={"muon": {"values": {"lr": 0.02}, "trial": 1, "edge": True}})
     assert "muon" in titles(edge)["Best learning rate at the edge of its range"].text
+    knob = "learning rate of embeddings and head"
+    other = changed(comparison, chosen={"adamw": {"values": {"lr": 0.02}, "trial": 1, "edge": False, "edges": [knob]}})
+    assert "adamw" in titles(other)[f"Best {knob} at the edge of its range"].text
+    assert "Best learning rate at the edge of its range" not in titles(other)
     assert "Not below the unigram entropy" in titles(
         changed(comparison, gate={"unigram_entropy": 6.3, "passed": {"muon": True, "adamw": False}})
     )

@@ -82,13 +82,16 @@ def _seeds(material: Material) -> Iterator[Threat]:
 
 def _edges(material: Material) -> Iterator[Threat]:
     chosen = material.summary.get("chosen") or {}
-    edges = [name for name, choice in chosen.items() if (choice or {}).get("edge")]
-    if edges:
+    at_end: dict[str, list[str]] = {}
+    for name, choice in chosen.items():
+        for knob in [*(["learning rate"] if (choice or {}).get("edge") else []), *((choice or {}).get("edges") or ())]:
+            at_end.setdefault(knob, []).append(name)
+    for knob, names in at_end.items():
         yield Threat(
             severity="serious",
-            title="Best learning rate at the edge of its range",
-            text=f"{_names(edges)}: the chosen learning rate is the lowest or highest that was tried, so a better one may lie outside.",
-            remedy="Give every optimizer more trials (--trials): the range is widened within the same budget for all.",
+            title=f"Best {knob} at the edge of its range",
+            text=f"{_names(names)}: the chosen {knob} is the lowest or highest that was tried, so a better one may lie outside.",
+            remedy="Give every optimizer more trials (--trials): the search goes beyond, within the same budget for all.",
         )
 
 

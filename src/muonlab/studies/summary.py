@@ -146,6 +146,7 @@ def summarize(
                 "options": searches[n].best.options(optimizer_of(n)),
                 "trial": [point for point in searches[n].asked if point.updates is None].index(searches[n].best),
                 "edge": searches[n].at_edge,
+                "edges": [KNOBS[knob].text for knob in searches[n].edges if knob != "lr"],
             }
             for n in names
         },
