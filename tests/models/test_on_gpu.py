@@ -40,20 +40,49 @@ def test_an_update_never_waits_for_the_device(options: ModelOptions, dtype: torc
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("chunk_bytes", [2**25, 4 * 512 * 50])
-def test_low_precision_heads_have_nearly_exact_gradients(chunk_bytes: int) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize("chunk_bytes", [2**25, 4 * 517 * 50])
+@pytest.mark.parametrize(
+    ("d", "dtype"), [(128, torch.bfloat16), (40, torch.bfloat16), (192, torch.bfloat16), (64, torch.float16)]
+)
+def test_low_precision_heads_have_nearly_exact_gradients(d, dtype, chunk_bytes, equal, compiled) -> None:
+    """Tile by tile (narrow, bf16), by rows (equal weights) and through torch; sizes that no tile divides."""
     torch.manual_seed(0)
-    h = torch.randn(256, 128, device="cuda", requires_grad=True)
-    weight = (0.1 * torch.randn(512, 128, device="cuda")).requires_grad_()
-    targets = torch.randint(512, (256,), device="cuda")
-    with torch.autocast("cuda", torch.bfloat16):
-        stats = head_stats(h, weight, targets, chunk_bytes)
-    assert stats.lse.dtype == torch.float32
-    ours = torch.autograd.grad((stats.lse - stats.target_logit).mean(), [h, weight])
-    exact = torch.autograd.grad(F.cross_entropy(F.linear(h.double(), weight.double()), targets), [h, weight])
-    for a, b in zip(ours, exact):
+    h = torch.randn(261, d, device="cuda", requires_grad=True)
+    weight = (d**-0.5 * torch.randn(517, d, device="cuda")).requires_grad_()
+    targets = torch.randint(517, (261,), device="cuda")
+    slopes = torch.ones(261, device="cuda") if equal else torch.rand(261, device="cuda")
+
+    def value(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        stats = head_stats(h, weight, targets, chunk_bytes, equal)
+        assert stats.lse.dtype == torch.float32
+        return ((stats.lse - stats.target_logit) * slopes).mean()
+
+    with torch.autocast("cuda", dtype):
+        loss = (torch.compile(value) if compiled else value)(h, weight)
+    ours = torch.autograd.grad(loss, [h, weight])
+    logits = F.linear(h.double(), weight.double())
+    exact = (F.cross_entropy(logits, targets, reduction="none") * slopes).mean()
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-3)
+    for a, b in zip(ours, torch.autograd.grad(exact, [h, weight])):
         assert a.dtype == torch.float32
         assert (a - b).norm() < 0.02 * b.norm()
+
+
+@pytest.mark.parametrize("d", [64, 256])
+def test_statistics_of_low_precision_heads_are_those_of_the_logits(d: int) -> None:
+    torch.manual_seed(0)
+    h = torch.randn(300, d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(1000, d, device="cuda", dtype=torch.bfloat16)
+    logits = h.double() @ weight.double().T
+    targets = torch.where(torch.arange(300, device="cuda") % 3 > 0, logits.argmax(-1), 999)
+    stats = head_stats(h, weight, targets, equal_weights=True)
+    torch.testing.assert_close(stats.lse.double(), logits.logsumexp(-1), rtol=4e-3, atol=1e-2)
+    torch.testing.assert_close(
+        stats.target_logit.double(), logits.gather(1, targets[:, None])[:, 0], rtol=4e-3, atol=1e-2
+    )
+    assert (stats.correct == (logits.argmax(-1) == targets)).float().mean() > 0.99  # rounding makes ties
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

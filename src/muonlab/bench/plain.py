@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muonlab.models import ModelOptions, Transformer
-from muonlab.models.ops import head_stats
+from muonlab.models.head import head_stats
 
 LR = {"muon": 0.01, "adamw": 1e-3}
 UPDATES = 10_000

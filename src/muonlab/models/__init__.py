@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 from muonlab.lazy import lazily
 
 if TYPE_CHECKING:
-    from muonlab.models.ops import HeadStats, head_stats
+    from muonlab.models.head import HeadStats, head_stats
     from muonlab.models.options import ModelOptions
     from muonlab.models.presets import MODELS, SUMMARIES
     from muonlab.models.transformer import ModelOutput, Transformer
 
 _MODULES = {
-    "HeadStats": "muonlab.models.ops",
-    "head_stats": "muonlab.models.ops",
+    "HeadStats": "muonlab.models.head",
+    "head_stats": "muonlab.models.head",
     "ModelOptions": "muonlab.models.options",
     "MODELS": "muonlab.models.presets",
     "SUMMARIES": "muonlab.models.presets",

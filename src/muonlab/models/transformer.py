@@ -1,4 +1,4 @@
-"""One readable decoder-only transformer. It returns final hidden states; head and loss are `ops.head_stats`."""
+"""One readable decoder-only transformer. It returns final hidden states; head and loss are `head.head_stats`."""
 
 import math
 from typing import NamedTuple

@@ -6,7 +6,7 @@ import torch
 
 from muonlab.data import Dataset, evaluation_windows
 from muonlab.models import Transformer
-from muonlab.models.ops import head_stats
+from muonlab.models.head import head_stats
 from muonlab.training.losses import cross_entropy
 from muonlab.training.update import Precision
 

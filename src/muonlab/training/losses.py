@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from muonlab.models.ops import HeadStats
+from muonlab.models.head import HeadStats
 from muonlab.training.config import LossOptions
 
 LOSSES = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from muonlab.models import ModelOutput, Transformer
-from muonlab.models.ops import head_sample, head_stats
+from muonlab.models.head import head_sample, head_stats
 from muonlab.optim.optimizer import HybridOptimizer
 from muonlab.optim.schedules import applied_lr, set_lr, set_momentum
 from muonlab.training.config import RunConfig

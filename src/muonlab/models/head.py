@@ -1,0 +1,300 @@
+"""The head: what any loss needs of the logits of a vocabulary, without ever holding all of them.
+
+Three ways, all with exact gradients. In chunks through torch, everywhere. On a GPU in half precision with `NARROW` or fewer
+hidden units, tile by tile in Triton: no logit is ever written to memory. On a GPU in half precision otherwise, in chunks
+whose softmax is one Triton kernel over logits in that precision, as a linear layer under autocast makes them.
+"""
+
+import functools
+import importlib.util
+import math
+import types
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from muonlab.models.ops import at_least_fp32, autocast_dtype, without_autocast
+
+NARROW = 128
+"""Most hidden units for which making every logit three times is cheaper than writing it once."""
+
+
+class HeadStats(NamedTuple):
+    """Per token, what a loss over the vocabulary is made of. Cross-entropy is `lse - target_logit`."""
+
+    target_logit: Tensor  # [N] fp32
+    lse: Tensor  # [N] fp32: log-sum-exp of the logits
+    mean_logit: Tensor  # [N] fp32: mean over the vocabulary
+    correct: Tensor  # [N] bool: no other id has a larger logit (at ties the first such id; in Triton any of them)
+
+
+def head_stats(
+    h: Tensor, weight: Tensor, targets: Tensor, chunk_bytes: int = 32 * 2**20, equal_weights: bool = False
+) -> HeadStats:
+    """Statistics of the logits `h @ weight.T`, with exact gradients and never more than `chunk_bytes` of logits alive.
+
+    Args:
+        h: final hidden states [N, d]; under autocast they are cast to its dtype first.
+        weight: output head [V, d]; pass the fp32 parameter itself, its gradient is accumulated in its own dtype.
+        targets: token ids [N] int64.
+        chunk_bytes: bytes of logits alive at any time (at least one token's). When all logits fit, they are kept for
+            the backward pass; else they are computed again there, chunk by chunk.
+        equal_weights: promise that the loss weighs every token's `lse` the same (a mean of cross-entropies, smoothed or
+            not). Its gradient is then made chunk by chunk in the forward pass, no logits are kept and none computed
+            twice. Breaking the promise is an error in the backward pass.
+
+    Returns:
+        Sums and logits in fp32 (fp64 for fp64 input), differentiable in `h` and `weight` except `correct`.
+    """
+    h = h.to(autocast_dtype(h))
+    with without_autocast(h):
+        training = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
+        if training and _is_narrow(h):
+            target_logit, lse, correct, _ = _NarrowHead.apply(h, weight, targets, chunk_bytes)  # type: ignore[no-untyped-call]
+        else:
+            ahead = equal_weights and training
+            target_logit, lse, correct, *_ = _Head.apply(h, weight, targets, chunk_bytes, ahead)  # type: ignore[no-untyped-call]
+        # linear in the logits, so it needs none of them: mean(W h) = mean(W) h
+        mean_logit = at_least_fp32(h) @ at_least_fp32(weight).mean(0)
+    return HeadStats(target_logit, lse, mean_logit, correct)
+
+
+@torch.no_grad()
+def head_sample(h: Tensor, weight: Tensor, chunk_bytes: int = 32 * 2**20) -> Tensor:
+    """Token ids [N] int64 drawn from the model's own distribution softmax(h @ weight.T), by the Gumbel-max trick.
+
+    Arguments as in `head_stats`; logits and their noise together stay below `chunk_bytes`. Draws from torch's global
+    generator.
+    """
+    h = h.to(autocast_dtype(h))
+    low = weight.to(h.dtype)
+    drawn = torch.empty(h.shape[0], dtype=torch.int64, device=h.device)
+    with without_autocast(h):
+        for part in _chunks(h.shape[0], weight.shape[0], torch.promote_types(h.dtype, torch.float32), chunk_bytes // 2):
+            logits = _matmul(h[part], low.T)
+            # the negative logarithm of an exponential variable is a Gumbel variable
+            drawn[part] = logits.sub_(torch.empty_like(logits).exponential_().log_()).argmax(-1)
+            del logits
+    return drawn
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with fp32 sums and result (fp64 for fp64)."""
+    if a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+    return a @ b
+
+
+class _Head(torch.autograd.Function):
+    """(target_logit, lse, correct, kept, expected, product); the last three are for the backward pass, or empty.
+
+    With p the softmax [N, V], d lse / d logits = p. `kept` is p where all of it may be kept. `ahead` makes what the
+    backward pass needs of it at once: `expected` = p @ weight [N, d], the gradient of lse in h, and `product` = p.T @ h
+    [V, d], the gradient of the sum of all lse in weight. Otherwise the upstream gradient of a token scales its row, so it
+    is applied to rows of width d before and after the matmuls: the backward pass touches the logits in matmuls only.
+    """
+
+    @staticmethod
+    def forward(h: Tensor, weight: Tensor, targets: Tensor, chunk_bytes: int, ahead: bool) -> tuple[Tensor, ...]:
+        n, weight = h.shape[0], weight.to(h.dtype)
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        fused = ahead and h.is_cuda and h.dtype in (torch.bfloat16, torch.float16)
+        target_logit, lse, kept = (torch.empty(size, dtype=dtype, device=h.device) for size in (n, n, 0))
+        expected = torch.empty(h.shape if ahead else 0, dtype=dtype, device=h.device)
+        product = torch.zeros(weight.shape if ahead else 0, dtype=dtype, device=h.device)
+        correct = torch.empty(n, dtype=torch.bool, device=h.device)
+        if ahead and h.device.type == "cpu":
+            # 256 rows keep a small vocabulary's logits in a core's cache and a large one's matmuls at full speed
+            chunk_bytes = min(chunk_bytes, 256 * weight.shape[0] * dtype.itemsize)
+        chunks = _chunks(n, weight.shape[0], h.dtype if fused else dtype, chunk_bytes // 2 if fused else chunk_bytes)
+        for part in chunks:
+            if fused:  # logits and their softmax are alive together
+                p, target_logit[part], lse[part], correct[part] = softmax_rows(h[part] @ weight.T, targets[part])
+                expected[part] = _matmul(p, weight)
+                _add_product(product, p, h[part])
+                continue
+            logits = _matmul(h[part], weight.T)  # [rows, V]
+            largest, where = logits.max(-1)
+            target_logit[part] = logits.gather(1, targets[part, None]).squeeze(1)
+            correct[part] = where == targets[part]
+            torch.softmax(logits, -1, out=logits)
+            # the largest probability is at least 1/V: its logarithm loses nothing
+            lse[part] = largest - logits.gather(1, where[:, None]).squeeze(1).log()
+            if ahead:
+                p = logits.to(h.dtype)
+                expected[part] = _matmul(p, weight)
+                _add_product(product, p, h[part])
+                del p
+            elif len(chunks) == 1:
+                kept = logits
+            del logits  # before the next chunk's are made
+        return target_logit, lse, correct, kept, expected, product
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        h, weight, targets, ctx.chunk_bytes, ctx.ahead = inputs
+        _, lse, correct, kept, expected, product = output
+        ctx.mark_non_differentiable(correct, kept, expected, product)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(h, weight, targets, lse, kept, expected, product)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        h, weight, targets, lse, kept, expected, product = ctx.saved_tensors
+        grad_target, grad_lse = grads[:2]
+        low = weight.to(h.dtype)
+        grad_h, grad_weight = torch.zeros_like(h, dtype=lse.dtype), torch.zeros_like(weight, dtype=lse.dtype)
+        with without_autocast(h):
+            if grad_target is not None:
+                grad_h += low[targets] * grad_target[:, None]
+                grad_weight.index_add_(0, targets, h * grad_target[:, None])
+            if grad_lse is not None and ctx.ahead:
+                equal = (grad_lse == grad_lse[0]) | grad_lse.isnan()
+                torch._assert_async(equal.all(), "head_stats(equal_weights=True): the loss weighs tokens differently")
+                grad_h += expected * grad_lse[:, None]
+                grad_weight += product * grad_lse[0]
+            elif grad_lse is not None:
+                scaled = (h * grad_lse[:, None]).to(h.dtype)
+                chunks = _chunks(h.shape[0], weight.shape[0], lse.dtype, ctx.chunk_bytes)
+                for part in chunks:
+                    if len(chunks) == 1:
+                        p = kept
+                    else:
+                        p = _matmul(h[part], low.T).sub_(lse[part, None]).exp_()
+                    p = p.to(h.dtype)
+                    grad_h[part] += _matmul(p, low) * grad_lse[part, None]
+                    _add_product(grad_weight, p, scaled[part])
+                    del p
+        return grad_h.to(h.dtype), grad_weight.to(weight.dtype), None, None, None
+
+
+class _NarrowHead(torch.autograd.Function):
+    """(target_logit, lse, correct, expected), the last for the backward pass: softmax @ weight, the gradient of lse in h."""
+
+    @staticmethod
+    def forward(h: Tensor, weight: Tensor, targets: Tensor, chunk_bytes: int) -> tuple[Tensor, ...]:
+        out: tuple[Tensor, ...] = narrow_head(h.contiguous(), weight.to(h.dtype).contiguous(), targets, chunk_bytes)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        h, weight, targets, ctx.chunk_bytes = inputs
+        _, lse, correct, expected = output
+        ctx.mark_non_differentiable(correct, expected)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(h, weight, targets, lse, expected)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
+        h, weight, targets, lse, expected = ctx.saved_tensors
+        grad_target, grad_lse = (torch.zeros_like(lse) if grad is None else grad for grad in grads[:2])
+        low = weight.to(h.dtype).contiguous()
+        grad_h = expected * grad_lse[:, None] + low[targets] * grad_target[:, None]
+        grad_weight = narrow_head_gradient(h.contiguous(), low, targets, lse, grad_target, grad_lse, ctx.chunk_bytes)
+        return grad_h.to(h.dtype), grad_weight.to(weight.dtype), None, None
+
+
+@torch.library.custom_op("muonlab::softmax_rows", mutates_args=())
+def softmax_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Softmax of logits [N, V] in their dtype; the target's logit, the log-sum-exp [N] fp32; whether it is the largest [N]."""
+    kernels = _kernels(logits.device)
+    if kernels is not None:
+        return kernels.softmax(logits, targets)  # type: ignore[no-any-return]
+    wide = logits.float()
+    where = wide.argmax(-1)
+    return wide.softmax(-1).to(logits.dtype), _at(wide, targets), wide.logsumexp(-1), where == targets
+
+
+@softmax_rows.register_fake
+def _(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    one = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    return torch.empty_like(logits), one, torch.empty_like(one), torch.empty_like(one, dtype=torch.bool)
+
+
+@torch.library.custom_op("muonlab::narrow_head", mutates_args=())
+def narrow_head(h: Tensor, weight: Tensor, targets: Tensor, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The target's logit, log-sum-exp [N] fp32, whether it is the largest [N], softmax @ weight [N, d] fp32; h, weight [V, d]
+    contiguous in one half precision."""
+    kernels = _kernels(h.device)
+    if kernels is not None:
+        return kernels.forward(h, weight, targets)  # type: ignore[no-any-return]
+    parts = []
+    for part in _chunks(h.shape[0], weight.shape[0], torch.float32, chunk_bytes // 2):
+        logits = _matmul(h[part], weight.T)
+        p = logits.softmax(-1).to(h.dtype)
+        correct = logits.argmax(-1) == targets[part]
+        parts.append((_at(logits, targets[part]), logits.logsumexp(-1), correct, _matmul(p, weight)))
+    target_logit, lse, correct, expected = (torch.cat(values) for values in zip(*parts))
+    return target_logit, lse, correct, expected
+
+
+@narrow_head.register_fake
+def _(h: Tensor, weight: Tensor, targets: Tensor, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    one = h.new_empty(h.shape[0], dtype=torch.float32)
+    return one, torch.empty_like(one), torch.empty_like(one, dtype=torch.bool), torch.empty_like(h, dtype=torch.float32)
+
+
+@torch.library.custom_op("muonlab::narrow_head_gradient", mutates_args=())
+def narrow_head_gradient(
+    h: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, grad_target: Tensor, grad_lse: Tensor, chunk_bytes: int
+) -> Tensor:
+    """Gradient in weight [V, d] fp32 from those of the target's logits and of their log-sum-exps [N] fp32."""
+    kernels = _kernels(h.device)
+    if kernels is not None:
+        return kernels.backward(h, weight, targets, lse, grad_target, grad_lse)  # type: ignore[no-any-return]
+    total = torch.zeros_like(weight, dtype=torch.float32)
+    for part in _chunks(h.shape[0], weight.shape[0], torch.float32, chunk_bytes):
+        p = _matmul(h[part], weight.T).sub_(lse[part, None]).exp_().to(h.dtype)
+        _add_product(total, p, (h[part] * grad_lse[part, None]).to(h.dtype))
+    return total.index_add_(0, targets, h * grad_target[:, None])
+
+
+@narrow_head_gradient.register_fake
+def _(
+    h: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, grad_target: Tensor, grad_lse: Tensor, chunk_bytes: int
+) -> Tensor:
+    return torch.empty_like(weight, dtype=torch.float32)
+
+
+def _is_narrow(h: Tensor) -> bool:
+    # in fp16 the gradient of one logit would be too small to be a factor of a product
+    return h.is_cuda and h.dtype == torch.bfloat16 and h.shape[1] <= NARROW and h.shape[1] % 8 == 0
+
+
+@functools.cache
+def _kernels(device: torch.device) -> types.ModuleType | None:
+    """The Triton kernels where they compile and agree with torch, else None; what a compiler got wrong must not train a
+    model in silence."""
+    if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    try:
+        from muonlab.models import head_kernels
+
+        reason = head_kernels.disagreement(device)
+    except Exception as error:  # a compiler's failure may be of any kind
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+    if reason is None:
+        return head_kernels
+    warnings.warn(f"the head's Triton kernels are not used on this GPU ({reason}): slower", stacklevel=2)
+    return None
+
+
+def _at(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.gather(1, targets[:, None]).squeeze(1)
+
+
+def _add_product(total: Tensor, p: Tensor, rows: Tensor) -> None:
+    """In place total += p.T @ rows, with the sums in the dtype of `total`."""
+    if p.dtype == total.dtype:
+        torch.addmm(total, p.T, rows, out=total)
+    else:
+        total += _matmul(p.T, rows)
+
+
+def _chunks(n: int, vocab: int, dtype: torch.dtype, chunk_bytes: int) -> list[slice]:
+    """Even slices of n tokens whose logits take at most chunk_bytes each."""
+    most = max(1, chunk_bytes // (vocab * dtype.itemsize))
+    rows = max(1, math.ceil(n / max(1, math.ceil(n / most))))
+    return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
