@@ -53,7 +53,7 @@ class Fused:
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """`Muon.step()` takes the plain path."""
-    monkeypatch.setattr(kernels, "step", lambda optimizer, work, state: work)
+    monkeypatch.setattr(kernels, "step", lambda optimizer, work, state, keep=None: work)
 
 
 def polynomial(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -23,6 +23,10 @@ def group_of(**options: object) -> dict:
     return Muon([nn.Parameter(torch.zeros(8, 8))], **options).param_groups[0]
 
 
+def in_turn(lanes: list[list[tables.Slice]]) -> list[tables.Slice]:
+    return sorted((part for lane in lanes for part in lane), key=lambda part: part.first)
+
+
 def read(tensor: torch.Tensor, matrix: tables.Matrix, side: int) -> torch.Tensor:
     place = matrix.places[side]
     return torch.as_strided(
@@ -67,7 +71,7 @@ def test_slices_hold_every_matrix_once_and_stay_near_the_budget() -> None:
     assert sorted(matrix.owner for matrix in ordered) == list(range(len(shapes)))
     largest = max(tables.matrix_bytes(matrix) for matrix in ordered)
     for budget in (1, 5 * largest, 100 * largest):
-        slices = tables.slices_of(ordered, budget)
+        slices = in_turn(tables.lanes_of(ordered, budget, processors=1))
         assert [part.first for part in slices] == [0, *[part.last for part in slices[:-1]]]
         assert slices[-1].last == len(ordered)
         for part in slices:
@@ -85,7 +89,7 @@ def test_bank_offsets_follow_each_other_inside_a_slice() -> None:
     for owner, shape in enumerate([(10, 6), (6, 10), (10, 6)]):
         found += tables.matrices_of(torch.zeros(shape), torch.zeros(shape), None, (), owner, 0, group_of()) or []
     ordered = tables.in_order(found)
-    rows = tables.layout_of(ordered, tables.slices_of(ordered, 1 << 20))
+    rows = tables.layout_of(ordered, tables.slices_of(ordered, 0, 3, 1 << 20))
     ends = [row[5] + row[1] * row[3] for row in rows]
     assert [row[5] for row in rows] == [0, *ends[:-1]]
     assert all(row[3] % 8 == 0 and row[3] >= row[2] for row in rows)

@@ -8,6 +8,7 @@ and the same graph is replayed. A parameter without a gradient has address 0 and
 import math
 import operator
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -47,20 +48,27 @@ class FusedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._gradients_now: list[int] | None = None
         self._hyper_now: list[float] | None = None
-        self._launches: list[Callable[[], object]] = []
+        # Launches of a lane follow each other; lanes run beside each other.
+        self._lanes: list[list[Callable[[], object]]] = [[] for _ in range(tables.LANES)]
 
         # Addresses of everything but the gradients, which may be others at every step.
         self._fixed = torch.tensor([member.addresses() for member in self._members])
         self._pointers = self._zeros(*self._fixed.shape, dtype=torch.int64)
         self._hyper = self._zeros(len(groups), elementwise.HYPER.value)
-        pinned = self._device.type == "cuda"
-        self._spare = [torch.empty(self._fixed.shape, dtype=torch.int64, pin_memory=pinned) for _ in range(_CAPTURES)]
+        cuda = self._device.type == "cuda"
+        self._spare = [torch.empty(self._fixed.shape, dtype=torch.int64, pin_memory=cuda) for _ in range(_CAPTURES)]
         self._captured: list[tuple[list[int], Tensor]] = []
+        self._streams: list[Any] = []
+        self._processors = 1
+        if cuda:
+            self._processors = torch.cuda.get_device_properties(self._device).multi_processor_count
+            self._streams = [torch.cuda.Stream(self._device) for _ in self._lanes[1:]]  # type: ignore[no-untyped-call]
         try:
             self._plan_matrices()
             self._plan_entries()
             # Compiles and tunes every kernel. All addresses are still 0, so nothing of the user's is touched.
-            self._launch()
+            for launch in chain(*self._lanes):
+                launch()
         except Unsupported:
             raise
         except Exception as error:  # a compiler's failure may be of any kind
@@ -123,8 +131,24 @@ class FusedStep:
         return True
 
     def _launch(self) -> None:
-        for launch in self._launches:
+        if self._device.type != "cuda":
+            for launch in chain(*self._lanes):
+                launch()
+            return
+        here = torch.cuda.current_stream(self._device)
+        # The others begin when the first momentum is done: from then on one lane's passes over memory run while another
+        # multiplies.
+        for launch in self._lanes[0][:1]:
             launch()
+        for stream in self._streams:
+            stream.wait_stream(here)
+        for launch in self._lanes[0][1:]:
+            launch()
+        for lane, stream in zip(self._lanes[1:], self._streams):
+            with torch.cuda.stream(stream):
+                for launch in lane:
+                    launch()
+            here.wait_stream(stream)
 
     # What may change from step to step.
 
@@ -200,7 +224,8 @@ class FusedStep:
         ordered = tables.in_order(found)
         budgets = [group["max_workspace_bytes"] for group in self._groups if group["rule"] == "muon"]
         budget = min((size for size in budgets if size is not None), default=tables.DEFAULT_WORKSPACE)
-        slices = tables.slices_of(ordered, budget)
+        lanes = tables.lanes_of(ordered, budget, self._processors)
+        slices = sorted(chain(*lanes), key=lambda part: part.first)
         chunks, starts = tables.chunks_of([matrix.rows * matrix.cols for matrix in ordered], elementwise.CHUNK)
         count = len(ordered)
         shared = {
@@ -213,18 +238,21 @@ class FusedStep:
             "multiplier": self._zeros(count),
             **{name: self._zeros(count) for name in ("active", "late", "redo", "scale")},
         }
-        entries = max(sum(m.rows * m.pitch for m in ordered[part.first : part.last]) for part in slices)
-        banks: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
-        works: dict[tuple[int, torch.dtype], iteration.Workspace] = {}
-        for part in slices:
-            head = ordered[part.first]
-            if head.dtype not in banks:
-                banks[head.dtype] = (self._zeros(entries, dtype=head.dtype), self._zeros(entries, dtype=head.dtype))
-            key = (head.short, head.dtype)
-            most = max(p.last - p.first for p in slices if (ordered[p.first].short, ordered[p.first].dtype) == key)
-            if key not in works:
-                works[key] = iteration.Workspace.allocate(most, *key, self._device)
-            self._plan_slice(part, ordered, starts, shared, banks[head.dtype], works[key])
+        for launches, parts in zip(self._lanes, lanes):
+            # What the slices of a lane share, because they take turns.
+            sizes: dict[torch.dtype, int] = {}
+            counts: dict[tuple[int, torch.dtype], int] = {}
+            for part in parts:
+                inside = ordered[part.first : part.last]
+                dtype, key = inside[0].dtype, (inside[0].short, inside[0].dtype)
+                sizes[dtype] = max(sizes.get(dtype, 0), sum(matrix.rows * matrix.pitch for matrix in inside))
+                counts[key] = max(counts.get(key, 0), len(inside))
+            banks = {k: (self._zeros(size, dtype=k), self._zeros(size, dtype=k)) for k, size in sizes.items()}
+            works = {k: iteration.Workspace.allocate(most, *k, self._device) for k, most in counts.items()}
+            for part in parts:
+                head = ordered[part.first]
+                work = works[head.short, head.dtype]
+                launches += self._plan_slice(part, ordered, starts, shared, banks[head.dtype], work)
 
     def _plan_slice(
         self,
@@ -234,7 +262,8 @@ class FusedStep:
         t: dict[str, Tensor],
         banks: tuple[Tensor, Tensor],
         work: iteration.Workspace,
-    ) -> None:
+    ) -> list[Callable[[], object]]:
+        """The launches of a slice: momentum, iterations, application."""
         sections = []
         offset = 0
         for first, last in part.sections:
@@ -251,23 +280,28 @@ class FusedStep:
             raise Unsupported(f"this GPU, whose kernels do not agree with torch (error {error:.2g})")
         runs = [(first, last, ordered[first].launch) for first, last in part.runs]
 
-        def launch() -> None:
+        def before() -> None:
             for first, last, run in runs:
                 self._before(run, first, last, starts, t, banks[0])
-            iteration.iterate(sections, work, steps, blocks, scale)
+
+        def after() -> None:
             for first, last, run in runs:
                 self._after(run, first, last, starts, t, result)
 
-        self._launches.append(launch)
+        return [before, lambda: iteration.iterate(sections, work, steps, blocks, scale), after]
+
+    def _programs(self, chunks: int) -> tuple[int]:
+        most = elementwise.RESIDENT * self._processors
+        return (min(chunks, most) if most else chunks,)
 
     def _before(
         self, run: Launch, first: int, last: int, starts: list[int], t: dict[str, Tensor], bank: Tensor
     ) -> None:
         grad, momentum = _TYPES[run.dtypes[1]], _TYPES[run.dtypes[2]]
         flags = (grad, momentum, run.nesterov, run.heavy_ball, run.skip_idle, run.flat, run.align, elementwise.CHUNK)
-        elementwise.momentum_kernel[(starts[last] - starts[first],)](
+        elementwise.momentum_kernel[self._programs(starts[last] - starts[first])](
             t["chunks"], self._pointers, t["layout"], self._hyper, t["multiplier"], t["partial"], bank, starts[first],
-            *flags, num_warps=_WARPS,
+            starts[last], *flags, num_warps=_WARPS,
         )  # fmt: skip
         elementwise.norm_kernel[(last - first,)](
             t["starts"], t["gains"], t["partial"], t["multiplier"], t["active"], t["late"], t["redo"], t["scale"], first,
@@ -279,9 +313,9 @@ class FusedStep:
         )  # fmt: skip
 
     def _after(self, run: Launch, first: int, last: int, starts: list[int], t: dict[str, Tensor], bank: Tensor) -> None:
-        elementwise.apply_kernel[(starts[last] - starts[first],)](
+        elementwise.apply_kernel[self._programs(starts[last] - starts[first])](
             t["chunks"], self._pointers, t["layout"], self._hyper, t["factors"], t["active"], bank, starts[first],
-            _TYPES[run.dtypes[0]], run.cautious, run.skip_idle, run.flat, run.align, elementwise.CHUNK, num_warps=_WARPS,
+            starts[last], _TYPES[run.dtypes[0]], run.cautious, run.skip_idle, run.flat, run.align, elementwise.CHUNK, num_warps=_WARPS,
         )  # fmt: skip
 
     def _plan_entries(self) -> None:
@@ -305,11 +339,12 @@ class FusedStep:
         sizes = sizes.to(self._device)
         count = len(self._members)
         counts = torch.tensor([member.group["rule"] == "adamw" for member in self._members]).to(self._device)
-        self._launches.append(lambda: elementwise.count_kernel[(count,)](self._pointers, counts, 0))
+        launches = self._lanes[-1]
+        launches.append(lambda: elementwise.count_kernel[(count,)](self._pointers, counts, 0))
         for (param_type, grad_type, state_type, cautious, align), owners in kinds.items():
             chunks, starts = tables.chunks_of([self._members[i].param.numel() for i in owners], elementwise.CHUNK)
             chunks[:, 0] = torch.tensor(owners, dtype=torch.int32)[chunks[:, 0].long()]
-            self._launches.append(
+            launches.append(
                 _bound(
                     elementwise.adamw_kernel[(starts[-1],)],
                     (chunks.to(self._device), self._pointers, sizes, self._hyper, 0),

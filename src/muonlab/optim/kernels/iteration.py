@@ -160,13 +160,13 @@ def _gram(section: Section, out: Symmetric, scale: Tensor | None, keep_rest: boo
     target = out.part(section.first, k)
     products.gram_kernel[lambda meta: (_triangle(m, meta["BLOCK"]), k)](
         _descriptor(section.x, section.cols),
-        target.off,
-        target.rest if keep_rest else target.off,
+        _descriptor(target.off, m),
+        _descriptor(target.off, m),
+        _descriptor(target.rest if keep_rest and target.rest is not None else target.off, m),
         target.diagonal,
         target.diagonal if scale is None else scale[section.first :],
         m,
         n,
-        target.off.shape[2],
         GAIN,
         WIDE=section.wide,
         SCALED=scale is not None,
@@ -177,32 +177,33 @@ def _gram(section: Section, out: Symmetric, scale: Tensor | None, keep_rest: boo
 def _symmetric(
     a: Symmetric, b: Symmetric, out: Symmetric, alpha: float = 1.0, beta: float = 0.0, gamma: float = 0.0
 ) -> None:
-    k, m, pitch = a.off.shape
-    polynomial = beta != 0.0 or gamma != 0.0
-    has_rest = b.rest is not None and not polynomial
+    k, m, _ = a.off.shape
+    same = a is b
+    has_rest = b.rest is not None and not same
     products.symmetric_kernel[lambda meta: (_triangle(m, meta["BLOCK"]), k)](
         _descriptor(a.off, m),
         _descriptor(b.off, m),
-        a.off,
+        _descriptor(a.off, m),
+        _descriptor(b.off, m),
+        _descriptor(b.rest if has_rest and b.rest is not None else b.off, m),
         a.diagonal,
-        b.off,
-        b.rest if has_rest else b.off,
         b.diagonal,
-        out.off,
-        out.off if out.rest is None else out.rest,
+        _descriptor(out.off, m),
+        _descriptor(out.off, m),
+        _descriptor(out.off if out.rest is None else out.rest, m),
         out.diagonal,
         m,
-        pitch,
         alpha,
         beta,
         gamma,
+        SAME=same,
         HAS_REST=has_rest,
         KEEP_REST=out.rest is not None,
     )
 
 
 def _product(a: Symmetric, section: Section, scale: Tensor | None) -> None:
-    k, rows, pitch = section.x.shape
+    k, rows, _ = section.x.shape
     m, n = min(rows, section.cols), max(rows, section.cols)
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:
@@ -211,13 +212,12 @@ def _product(a: Symmetric, section: Section, scale: Tensor | None) -> None:
     products.product_kernel[grid](
         _descriptor(a.off, m),
         _descriptor(section.x, section.cols),
+        _descriptor(section.x, section.cols),
+        _descriptor(section.y, section.cols),
         a.diagonal,
-        section.x,
-        section.y,
         a.diagonal if scale is None else scale[section.first :],
         m,
         n,
-        pitch,
         WIDE=section.wide,
         SCALED=scale is not None,
     )

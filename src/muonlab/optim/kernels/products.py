@@ -26,48 +26,77 @@ REST = tl.constexpr(2048.0)
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+# The shape of the tiles that each descriptor of a kernel reads or writes.
+
+
+def _tile_result(arguments):
+    block = arguments["BLOCK"]
+    for name in ("off", "rest"):
+        arguments[name].block_shape = [1, block, block // 2]
+    arguments["mirror"].block_shape = [1, block // 2, block]
+
+
 def _tile_gram(arguments):
     block, depth = arguments["BLOCK"], arguments["DEPTH"]
     arguments["x"].block_shape = [1, block, depth] if arguments["WIDE"] else [1, depth, block]
+    _tile_result(arguments)
 
 
 def _tile_symmetric(arguments):
-    arguments["a"].block_shape = arguments["b"].block_shape = [1, arguments["BLOCK"], arguments["DEPTH"]]
+    block, depth = arguments["BLOCK"], arguments["DEPTH"]
+    for name in ("a", "b"):
+        arguments[name].block_shape = [1, block, depth]
+    for name in ("a_tile", "b_tile", "b_rest"):
+        arguments[name].block_shape = [1, block, block // 2]
+    _tile_result(arguments)
 
 
 def _tile_product(arguments):
     block, breadth, depth = arguments["BLOCK"], arguments["BREADTH"], arguments["DEPTH"]
     arguments["a"].block_shape = [1, block, depth] if arguments["WIDE"] else [1, depth, breadth]
     arguments["x"].block_shape = [1, depth, breadth] if arguments["WIDE"] else [1, block, depth]
+    for name in ("x_tile", "y"):
+        arguments[name].block_shape = [1, block, breadth]
 
 
 def _configs(names, tiles, pre_hook):
-    """Tiles, warps and stages to choose from."""
-    tiles = [((32,) * len(names), 4, 1)] if _INTERPRETED else tiles
+    """Tiles, warps, stages and registers to choose from."""
+    tiles = [((32,) * len(names), 4, 1, None)] if _INTERPRETED else tiles
     return [
-        triton.Config(dict(zip(names, tile)), num_warps=warps, num_stages=stages, pre_hook=pre_hook)
-        for tile, warps, stages in tiles
+        triton.Config(dict(zip(names, tile)), num_warps=warps, num_stages=stages, maxnreg=registers, pre_hook=pre_hook)
+        for tile, warps, stages, registers in tiles
     ]
 
 
 def _square(pre_hook):
-    tiles = [((128, 64), 4, 3), ((128, 64), 8, 4), ((128, 128), 8, 3), ((64, 64), 4, 4)]
+    # 128 registers: two programs share a multiprocessor and hide each other's beginning and end.
+    tiles = [
+        ((128, 64), 8, 3, 128),
+        ((128, 64), 4, 3, None),
+        ((128, 64), 8, 4, None),
+        ((128, 128), 8, 3, None),
+        ((64, 64), 4, 4, None),
+    ]
     return _configs(("BLOCK", "DEPTH"), tiles, pre_hook)
 
 
 def _rectangular(pre_hook):
     tiles = [
-        ((128, 128, 64), 4, 3),
-        ((128, 128, 64), 8, 3),
-        ((128, 256, 64), 8, 4),
-        ((256, 128, 64), 8, 3),
-        ((64, 64, 64), 4, 4),
+        ((128, 128, 64), 8, 3, 128),
+        ((128, 128, 64), 4, 3, None),
+        ((128, 256, 64), 8, 3, None),
+        ((128, 256, 64), 8, 4, None),
+        ((256, 128, 64), 8, 3, None),
+        ((64, 64, 64), 4, 4, None),
     ]
     return _configs(("BLOCK", "BREADTH", "DEPTH"), tiles, pre_hook)
 
 
 def _time(call, quantiles):
-    return triton.testing.do_bench(call, warmup=5, rep=20, quantiles=quantiles)
+    try:
+        return triton.testing.do_bench(call, warmup=5, rep=20, quantiles=quantiles)
+    except Exception:  # what a compiler cannot do is no candidate, whatever it raises
+        return [float("inf")] * 3
 
 
 def _fitting(configs, arguments, **_):
@@ -86,25 +115,40 @@ def _lower_tile(p):
 
 
 @triton.jit
-def _store_symmetric(value, off, rest, diagonal, z, i, j, m, pitch, KEEP_REST: tl.constexpr, BLOCK: tl.constexpr):
-    # No mask compares rows with columns: such a mask would make every store a scalar one.
-    rows = i * BLOCK + tl.arange(0, BLOCK)
-    cols = j * BLOCK + tl.arange(0, BLOCK)
-    start = z.to(tl.int64) * m * pitch
-    if i == j:
-        value = 0.5 * (value + tl.trans(value))
-        on = rows[:, None] == cols[None, :]
-        tl.store(diagonal + z.to(tl.int64) * m + rows, tl.sum(tl.where(on, value, 0.0), axis=1), mask=rows < m)
+def _halves(tile):
+    """The left and the right half of a tile: one at a time leaves registers free."""
+    return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _store_symmetric(
+    value, off, mirror, rest, diagonal, z, row, col, m, DIAGONAL: tl.constexpr, KEEP_REST: tl.constexpr
+):
+    """Stores half a tile that begins at (row, col), and its mirror image if it is not on the diagonal."""
+    # No mask compares rows with columns of all tiles: such a mask would make every store a scalar one.
+    HEIGHT: tl.constexpr = value.shape[0]
+    WIDTH: tl.constexpr = value.shape[1]
+    if DIAGONAL:
+        rows = row + tl.arange(0, HEIGHT)
+        on = rows[:, None] == (col + tl.arange(0, WIDTH))[None, :]
+        own = tl.sum(tl.where(on, value, 0.0), axis=1)
+        tl.store(diagonal + z.to(tl.int64) * m + rows, own, mask=(rows >= col) & (rows < col + WIDTH) & (rows < m))
         value = tl.where(on, 0.0, value)
-    half = value.to(off.dtype.element_ty)
-    inside = (rows[:, None] < m) & (cols[None, :] < m)
-    at = start + rows[:, None] * pitch + cols[None, :]
-    tl.store(off + at, half, mask=inside)
+    half = value.to(off.dtype)
+    off.store([z, row, col], half.reshape(1, HEIGHT, WIDTH))
+    if not DIAGONAL:
+        mirror.store([z, col, row], tl.trans(half).reshape(1, WIDTH, HEIGHT))
     if KEEP_REST:
-        tl.store(rest + at, ((value - half.to(tl.float32)) * REST).to(off.dtype.element_ty), mask=inside)
-    if i != j:
-        mirrored = (cols[:, None] < m) & (rows[None, :] < m)
-        tl.store(off + start + cols[:, None] * pitch + rows[None, :], tl.trans(half), mask=mirrored)
+        left = ((value - half.to(tl.float32)) * REST).to(off.dtype)
+        rest.store([z, row, col], left.reshape(1, HEIGHT, WIDTH))
+
+
+@triton.jit
+def _store_gram(value, off, mirror, rest, diagonal, z, row, col, m, DIAGONAL: tl.constexpr, KEEP_REST: tl.constexpr):
+    left, right = _halves(value)
+    half: tl.constexpr = value.shape[1] // 2
+    _store_symmetric(left, off, mirror, rest, diagonal, z, row, col, m, DIAGONAL, KEEP_REST)
+    _store_symmetric(right, off, mirror, rest, diagonal, z, row, col + half, m, DIAGONAL, KEEP_REST)
 
 
 @triton.autotune(
@@ -113,13 +157,13 @@ def _store_symmetric(value, off, rest, diagonal, z, i, j, m, pitch, KEEP_REST: t
 @triton.jit
 def gram_kernel(
     x,  # descriptor [k, m, n], or [k, n, m] for tall matrices
-    off,
+    off,  # descriptors of the result's parts, in halves of tiles
+    mirror,  # the same as `off`, in halves of transposed tiles
     rest,
     diagonal,
     scale,  # fp32 [k]: squared, multiplies the product
     m,
     n,
-    pitch,
     alpha,
     WIDE: tl.constexpr,
     SCALED: tl.constexpr,
@@ -142,7 +186,52 @@ def gram_kernel(
     if SCALED:
         s = tl.load(scale + z)
         value = value * s * s
-    _store_symmetric(value * alpha, off, rest, diagonal, z, i, j, m, pitch, KEEP_REST, BLOCK)
+    value *= alpha
+    if i == j:
+        _store_gram(value, off, mirror, rest, diagonal, z, i * BLOCK, j * BLOCK, m, True, KEEP_REST)
+    else:
+        _store_gram(value, off, mirror, rest, diagonal, z, i * BLOCK, j * BLOCK, m, False, KEEP_REST)
+
+
+@triton.jit
+def _finish(
+    value, a_tile, b_tile, b_rest, a_diagonal, b_diagonal, off, mirror, rest, diagonal, z, row, col, m, alpha, beta, gamma,
+    DIAGONAL: tl.constexpr, SAME: tl.constexpr, HAS_REST: tl.constexpr, KEEP_REST: tl.constexpr,
+):  # fmt: skip
+    """(A + D)(B + E) = A B + D B + A E + D E for diagonal D and E, of which `value` holds a tile of A B."""
+    HEIGHT: tl.constexpr = value.shape[0]
+    WIDTH: tl.constexpr = value.shape[1] // 2
+    a_diagonal += z.to(tl.int64) * m
+    b_diagonal += z.to(tl.int64) * m
+    if DIAGONAL and not SAME:
+        # A and B commute but for rounding: both orders are averaged.
+        value = 0.5 * (value + tl.trans(value))
+    rows = row + tl.arange(0, HEIGHT)
+    d = tl.load(a_diagonal + rows, mask=rows < m, other=0.0)[:, None]
+    first, second = _halves(value)
+    for half in tl.static_range(2):
+        part = alpha * (first if half == 0 else second)
+        start = col + half * WIDTH
+        cols = start + tl.arange(0, WIDTH)
+        e = tl.load(b_diagonal + cols, mask=cols < m, other=0.0)[None, :]
+        own = b_tile.load([z, row, start]).reshape(HEIGHT, WIDTH).to(tl.float32)
+        if HAS_REST:
+            own += b_rest.load([z, row, start]).reshape(HEIGHT, WIDTH).to(tl.float32) * (1.0 / REST)
+        if SAME:
+            part += (alpha * (d + e) + beta) * own
+        else:
+            other = a_tile.load([z, row, start]).reshape(HEIGHT, WIDTH).to(tl.float32)
+            if DIAGONAL:
+                d_too = tl.load(a_diagonal + cols, mask=cols < m, other=0.0)[None, :]
+                e_too = tl.load(b_diagonal + rows, mask=rows < m, other=0.0)[:, None]
+                part += (0.5 * alpha * (d + d_too) + beta) * own
+                part += (0.5 * alpha * (e + e_too)) * other
+            else:
+                part += (alpha * d + beta) * own
+                part += (alpha * e) * other
+        if DIAGONAL:
+            part += tl.where(rows[:, None] == cols[None, :], (alpha * d + beta) * e + gamma, 0.0)
+        _store_symmetric(part, off, mirror, rest, diagonal, z, row, start, m, DIAGONAL, KEEP_REST)
 
 
 @triton.autotune(
@@ -150,21 +239,22 @@ def gram_kernel(
 )
 @triton.jit
 def symmetric_kernel(
-    a,  # descriptor [k, m, m] of A's entries off the diagonal
+    a,  # descriptor [k, m, m] of A's entries off the diagonal, in operand tiles
     b,  # the same of B
-    a_off,
-    a_diagonal,
-    b_off,
+    a_tile,  # the same as `a`, in halves of the result's tiles
+    b_tile,
     b_rest,
+    a_diagonal,
     b_diagonal,
     off,
+    mirror,
     rest,
     diagonal,
     m,
-    pitch,
     alpha,
     beta,
     gamma,
+    SAME: tl.constexpr,  # A is B
     HAS_REST: tl.constexpr,  # B has a rest
     KEEP_REST: tl.constexpr,  # C shall have one
     BLOCK: tl.constexpr,
@@ -177,20 +267,16 @@ def symmetric_kernel(
         left = a.load([z, i * BLOCK, k]).reshape(BLOCK, DEPTH)
         right = b.load([z, j * BLOCK, k]).reshape(BLOCK, DEPTH)
         value = tl.dot(left, right.T, value)
-    # (A + D)(B + E) = A B + D B + A E + D E, for diagonal D and E.
-    rows = i * BLOCK + tl.arange(0, BLOCK)
-    cols = j * BLOCK + tl.arange(0, BLOCK)
-    inside = (rows[:, None] < m) & (cols[None, :] < m)
-    at = z.to(tl.int64) * m * pitch + rows[:, None] * pitch + cols[None, :]
-    d = tl.load(a_diagonal + z.to(tl.int64) * m + rows, mask=rows < m, other=0.0)
-    e = tl.load(b_diagonal + z.to(tl.int64) * m + cols, mask=cols < m, other=0.0)
-    right = tl.load(b_off + at, mask=inside, other=0.0).to(tl.float32)
-    if HAS_REST:
-        right += tl.load(b_rest + at, mask=inside, other=0.0).to(tl.float32) * (1.0 / REST)
-    left = tl.load(a_off + at, mask=inside, other=0.0).to(tl.float32)
-    value = alpha * (value + d[:, None] * right + left * e[None, :]) + beta * right
-    value += tl.where(rows[:, None] == cols[None, :], (alpha * d[:, None] + beta) * e[None, :] + gamma, 0.0)
-    _store_symmetric(value, off, rest, diagonal, z, i, j, m, pitch, KEEP_REST, BLOCK)
+    if i == j:
+        _finish(
+            value, a_tile, b_tile, b_rest, a_diagonal, b_diagonal, off, mirror, rest, diagonal, z, i * BLOCK, j * BLOCK, m,
+            alpha, beta, gamma, True, SAME, HAS_REST, KEEP_REST,
+        )  # fmt: skip
+    else:
+        _finish(
+            value, a_tile, b_tile, b_rest, a_diagonal, b_diagonal, off, mirror, rest, diagonal, z, i * BLOCK, j * BLOCK, m,
+            alpha, beta, gamma, False, SAME, HAS_REST, KEEP_REST,
+        )  # fmt: skip
 
 
 @triton.autotune(
@@ -202,14 +288,13 @@ def symmetric_kernel(
 @triton.jit
 def product_kernel(
     a,  # descriptor [k, m, m] of A's entries off the diagonal
-    x,  # descriptor [k, m, n], or [k, n, m] for tall matrices
+    x,  # descriptor [k, m, n], or [k, n, m] for tall matrices, in operand tiles
+    x_tile,  # the same in tiles of the result
+    y,  # descriptor of the result
     a_diagonal,
-    x_bank,
-    y_bank,
     scale,
     m,
     n,
-    pitch,  # of the banks of X and Y
     WIDE: tl.constexpr,
     SCALED: tl.constexpr,
     BLOCK: tl.constexpr,  # along the rows of Y
@@ -217,9 +302,7 @@ def product_kernel(
     DEPTH: tl.constexpr,
 ):
     z = tl.program_id(1)
-    y_rows = m if WIDE else n
-    y_cols = n if WIDE else m
-    across = tl.cdiv(y_cols, BREADTH)
+    across = tl.cdiv(n if WIDE else m, BREADTH)
     i = tl.program_id(0) // across
     j = tl.program_id(0) % across
     value = tl.zeros([BLOCK, BREADTH], tl.float32)
@@ -231,15 +314,10 @@ def product_kernel(
             left = x.load([z, i * BLOCK, k]).reshape(BLOCK, DEPTH)
             right = a.load([z, k, j * BREADTH]).reshape(DEPTH, BREADTH)
         value = tl.dot(left, right, value)
-    rows = i * BLOCK + tl.arange(0, BLOCK)
-    cols = j * BREADTH + tl.arange(0, BREADTH)
-    inside = (rows[:, None] < y_rows) & (cols[None, :] < y_cols)
-    at = z.to(tl.int64) * y_rows * pitch + rows[:, None].to(tl.int64) * pitch + cols[None, :]
-    own = tl.load(x_bank + at, mask=inside, other=0.0).to(tl.float32)
-    if WIDE:
-        value += tl.load(a_diagonal + z.to(tl.int64) * m + rows, mask=rows < m, other=0.0)[:, None] * own
-    else:
-        value += tl.load(a_diagonal + z.to(tl.int64) * m + cols, mask=cols < m, other=0.0)[None, :] * own
+    own = x_tile.load([z, i * BLOCK, j * BREADTH]).reshape(BLOCK, BREADTH).to(tl.float32)
+    at = i * BLOCK + tl.arange(0, BLOCK) if WIDE else j * BREADTH + tl.arange(0, BREADTH)
+    d = tl.load(a_diagonal + z.to(tl.int64) * m + at, mask=at < m, other=0.0)
+    value += (d[:, None] if WIDE else d[None, :]) * own
     if SCALED:
         value *= tl.load(scale + z)
-    tl.store(y_bank + at, value.to(y_bank.dtype.element_ty), mask=inside)
+    y.store([z, i * BLOCK, j * BREADTH], value.to(y.dtype).reshape(1, BLOCK, BREADTH))

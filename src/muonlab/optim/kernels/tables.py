@@ -5,6 +5,7 @@ A *matrix* is one of a parameter's view. Matrices are sorted so that those that 
     slice     matrices with one smaller side and one iteration whose work fits the workspace together
     section   neighbours of one shape: one bank, one launch of each product
     run       neighbours with one memory layout and one set of options: one launch of each elementwise kernel
+    lane      slices that follow each other and share banks; lanes run beside each other
 """
 
 import math
@@ -22,6 +23,13 @@ from muonlab.optim.views import View, matrices
 
 DEFAULT_WORKSPACE = 768 << 20
 """Bytes of banks unless `max_workspace_bytes` says otherwise: a few waves of tiles on the largest devices."""
+LANES = 3
+"""Of slices that fill the device all but the last lane, which is for what does not fill it."""
+PARTS = 4
+"""Slices that a family is cut into even if all of it fits the workspace ..."""
+WAVES = 2
+"""... as long as each launch still has this many tiles for each multiprocessor."""
+_TILE = 128
 
 
 @dataclass(frozen=True)
@@ -170,23 +178,46 @@ def in_order(found: Sequence[Matrix]) -> list[Matrix]:
     )
 
 
-def slices_of(ordered: Sequence[Matrix], budget: int) -> list[Slice]:
-    """Slices of at most `budget` bytes, but at least one matrix, all of a family about equally large."""
-    slices = []
+def lanes_of(ordered: Sequence[Matrix], budget: int, processors: int) -> list[list[Slice]]:
+    """Slices for each of `LANES` lanes; banks of all lanes stay near `budget` bytes.
+
+    While one lane moves momentum or parameters through memory or ends a launch, the other multiplies.
+    """
+    heavy = max(LANES - 1, 1)
+    if heavy * max(map(matrix_bytes, ordered)) > budget:
+        heavy = 1
+    lanes: list[list[Slice]] = [[] for _ in range(LANES)]
+    load = [0.0] * heavy
     first = 0
-    for _, family in groupby(ordered, _family):
-        sizes = [matrix_bytes(matrix) for matrix in family]
-        share = sum(sizes) / math.ceil(sum(sizes) / budget)
-        used = 0.0
-        start = first
-        for i, size in enumerate(sizes, start=first):
-            if i > start and used + size / 2 > share:
-                slices.append(_slice(ordered, start, i))
-                start, used = i, used - share
-            used += size
-        first += len(sizes)
-        slices.append(_slice(ordered, start, first))
-    return slices
+    for _, members in groupby(ordered, _family):
+        family = list(members)
+        tiles = sum(map(_tiles, family))
+        aside = heavy > 1 and tiles < processors
+        parts = 1 if aside or heavy == 1 else max(1, min(PARTS, tiles // (WAVES * processors)))
+        for part in slices_of(ordered, first, first + len(family), budget // heavy, parts):
+            if aside:
+                lanes[-1].append(part)
+                continue
+            lane = load.index(min(load))
+            load[lane] += sum(map(_operations, ordered[part.first : part.last]))
+            lanes[lane].append(part)
+        first += len(family)
+    return lanes
+
+
+def slices_of(ordered: Sequence[Matrix], first: int, last: int, budget: int, parts: int = 1) -> list[Slice]:
+    """A family, `ordered[first:last]`, in at least `parts` slices about equally large of at most `budget` bytes or one matrix."""
+    sizes = [matrix_bytes(matrix) for matrix in ordered[first:last]]
+    share = sum(sizes) / max(parts, math.ceil(sum(sizes) / budget))
+    slices = []
+    used = 0.0
+    start = first
+    for i, size in enumerate(sizes, start=first):
+        if i > start and used + size / 2 > share:
+            slices.append(_slice(ordered, start, i))
+            start, used = i, used - share
+        used += size
+    return [*slices, _slice(ordered, start, last)]
 
 
 def matrix_bytes(matrix: Matrix) -> int:
@@ -225,6 +256,17 @@ def dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def _tiles(matrix: Matrix) -> int:
+    """Of one triangle, as the products compute it."""
+    side = -(-matrix.short // _TILE)
+    return side * (side + 1) // 2
+
+
+def _operations(matrix: Matrix) -> float:
+    """Of the whole iteration, up to a factor."""
+    return matrix.short**2 * (6.0 * max(matrix.rows, matrix.cols) + 14.0 * matrix.short)
 
 
 def _family(matrix: Matrix) -> tuple[Any, ...]:
