@@ -13,9 +13,9 @@ from runs import TINY
 
 from muonlab.errors import InputError
 from muonlab.optim.registry import OPTIMIZERS
-from muonlab.studies import executor
 from muonlab.studies.compare import claimed, compare, delete_comparison, resolve_plan
 from muonlab.studies.plan import labels, make_plan, notices
+from muonlab.training import loop
 from muonlab.training.config import merge
 from muonlab.training.loop import run
 
@@ -369,7 +369,7 @@ def test_a_run_that_could_not_be_carried_out_stops_the_study_without_a_verdict_a
             raise OSError("no space left")
         return run(config, directory=directory, **options)
 
-    monkeypatch.setattr(executor, "run", broken)
+    monkeypatch.setattr(loop, "run", broken)
     with pytest.raises(InputError, match=r"1 runs could not be carried out .*no space left"):
         compare(plan("muon", "adamw", budget=small), tmp_path / "study")
     assert len(made) == 4, "the other trials were made all the same"

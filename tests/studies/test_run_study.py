@@ -11,11 +11,10 @@ import signal
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from scipy import stats
-from tiny_study import written
+from tiny_study import conduct_in_child, written
 
 from muonlab.errors import InputError
 from muonlab.studies.judge import judge
@@ -189,17 +188,11 @@ def test_a_folder_of_something_else_is_left_alone(tiny, tmp_path, content):
     assert sorted(target.rglob("*")) == before
 
 
-def _conduct_in_child(file: str, directory: str, started: Any = None, seeds: int | None = None) -> None:
-    planned = plan_study(read_study(file, seeds=seeds), Path(directory), progress=False)
-    begun: Any = (lambda states: started.set()) if started is not None else None
-    run_study(planned, Path(directory), on_progress=begun)
-
-
 @pytest.fixture(scope="module")
 def forks() -> multiprocessing.context.BaseContext:
     """Processes that start in no time because their parent has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["muonlab.studies.run", "muonlab.studies.study", "test_run_study"])
+    context.set_forkserver_preload(["muonlab.training.loop", "tiny_study"])
     return context
 
 
@@ -216,9 +209,9 @@ def test_twenty_kills_lose_and_repeat_no_finished_run(tiny, tmp_path, forks):
     progress = []
     while len(progress) < 20:
         started = forks.Event()
-        process = forks.Process(target=_conduct_in_child, args=(file, str(directory), started, 10))
+        process = forks.Process(target=conduct_in_child, args=(file, str(directory), started, 10))
         process.start()
-        started.wait()  # the first update of a run
+        assert started.wait(60)  # for the first update of a run
         more = len(seen) + draw.randint(0, 1)  # every other time one more run is let to its end
         while process.is_alive() and len(stamps(directory)) < more:
             time.sleep(0.005)
@@ -242,7 +235,7 @@ def test_twenty_kills_lose_and_repeat_no_finished_run(tiny, tmp_path, forks):
 def test_two_processes_share_a_study_and_make_each_run_once(tiny, tmp_path, forks):
     file, _, summary = tiny
     directory = tmp_path / "shared"
-    both = [forks.Process(target=_conduct_in_child, args=(file, str(directory))) for _ in range(2)]
+    both = [forks.Process(target=conduct_in_child, args=(file, str(directory))) for _ in range(2)]
     for process in both:
         process.start()
     seen: dict[str, tuple[int, int]] = {}
@@ -266,7 +259,7 @@ def test_a_run_that_another_holds_is_waited_for(tiny, tmp_path, forks):
     shutil.rmtree(missing)
     lease = Lease(missing.with_name(missing.name + ".lease"))
     assert lease.acquire()
-    process = forks.Process(target=_conduct_in_child, args=(file, str(copy)))
+    process = forks.Process(target=conduct_in_child, args=(file, str(copy)))
     process.start()
     process.join(3)
     assert process.is_alive()

@@ -1,10 +1,14 @@
 """A tiny study for tests: two cases, one with an axis, on pydoc; a run takes a fraction of a second."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import tomli_w
 from runs import TINY
+
+from muonlab.studies.run import plan_study, run_study
+from muonlab.studies.study import read_study
 
 FILE: dict[str, Any] = {
     "title": "Tiny",
@@ -46,3 +50,10 @@ def written(folder: Any, **changes: Any) -> str:
     path = folder / "tiny.toml"
     path.write_text(tomli_w.dumps(file(**changes)))
     return str(path)
+
+
+def conduct_in_child(file: str, directory: str, started: Any = None, seeds: int | None = None) -> None:
+    """Carry the study out; here, because a new process finds this module by its name."""
+    planned = plan_study(read_study(file, seeds=seeds), Path(directory), progress=False)
+    begun: Any = (lambda states: started.set()) if started is not None else None
+    run_study(planned, Path(directory), on_progress=begun)

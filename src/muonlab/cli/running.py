@@ -18,7 +18,8 @@ def cmd_train(options: Any) -> int:
     from muonlab.report.live import RunProgress, clock
     from muonlab.training.config import as_tables, from_dict, merge, read_toml
     from muonlab.training.estimate import seconds_per_update
-    from muonlab.training.loop import interruptible, run
+    from muonlab.training.interrupt import interruptible
+    from muonlab.training.loop import run
 
     file = options.names[0] if options.names else None
     values = read_toml(file) if file else {}
@@ -91,7 +92,7 @@ def cmd_compare(options: Any) -> int:
     from muonlab.studies.plan import base_values, make_budget, make_plan, notices, tuning_text
     from muonlab.training.config import from_dict, merge
     from muonlab.training.estimate import seconds_per_update
-    from muonlab.training.loop import interruptible
+    from muonlab.training.interrupt import interruptible
     from muonlab.training.tracking import find_runs
 
     names = options.names or ["muon", "adamw"]
@@ -212,7 +213,7 @@ def _run_study(study: Any, options: Any) -> int:
     from muonlab.report.live import StudyProgress
     from muonlab.studies.judge import SUMMARY
     from muonlab.studies.run import changes, plan_study, run_study
-    from muonlab.training.loop import interruptible
+    from muonlab.training.interrupt import interruptible
 
     on_gpu = uses_gpu(study.base.to_dict())
     workers = options.workers if options.workers is not None else (0 if on_gpu else min(cores(), study.runs))
@@ -297,10 +298,12 @@ def read_centers(texts: Sequence[str]) -> dict[str, float]:
 
 
 def uses_gpu(values: dict[str, Any]) -> bool:
-    import torch
-
     device = str(values.get("training", {}).get("device", "auto"))
-    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if device == "auto":
+        import torch
+
+        return torch.cuda.is_available()
+    return device.startswith("cuda")
 
 
 def cores() -> int:

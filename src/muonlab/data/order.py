@@ -5,14 +5,20 @@ an epoch. Batches walk through a permutation of the windows that depends on (see
 middle of a batch where it must, so that no window is skipped.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from muonlab.data.shards import Shard
 from muonlab.errors import InputError
 
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+if TYPE_CHECKING:
+    import torch
+
+    Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 def batch(shard: Shard, seq_len: int, sequences: int, seed: int, update: int) -> Batch:
@@ -57,6 +63,8 @@ def window_count(shard: Shard, seq_len: int) -> int:
 
 def windows(shard: Shard, seq_len: int, index: np.ndarray) -> Batch:
     """The windows number `index` [n] as (inputs [n, seq_len], targets [n, seq_len], document ids or None)."""
+    import torch  # takes seconds: counting windows does without it
+
     start = index * seq_len
     tokens = np.stack([shard.tokens[s : s + seq_len + 1] for s in start.tolist()]).astype(np.int64)  # [n, seq_len + 1]
     both = torch.from_numpy(tokens)

@@ -20,7 +20,7 @@ from muonlab.studies.plan import Plan, labels
 from muonlab.studies.search import Search
 from muonlab.studies.space import Point
 from muonlab.studies.summary import final_loss, summarize, trial_entry
-from muonlab.training.loop import resolve
+from muonlab.training.resolve import resolve
 from muonlab.training.tracking import write_json
 
 SUMMARY = "comparison_summary.json"

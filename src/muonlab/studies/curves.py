@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from scipy import optimize, stats
+import scipy
+from scipy import special
 
 from muonlab.errors import InputError
 from muonlab.studies.statistics import loss_or_infinity
@@ -164,7 +165,7 @@ def lr_optimum(lrs: Sequence[float], losses: Sequence[float | None], *, confiden
     if degrees > 0:
         variance = float(((y - design @ coefficients) ** 2).sum()) / degrees
         covariance = variance * np.linalg.inv(design.T @ design)
-        t2 = float(stats.t.ppf(0.5 + confidence / 2, degrees)) ** 2
+        t2 = float(special.stdtrit(degrees, 0.5 + confidence / 2)) ** 2
         # slope(x) = b + 2cx; its t statistic is within ±t where q2 x² + q1 x + q0 <= 0
         q2 = 4 * (c**2 - t2 * covariance[2, 2])
         q1 = 4 * (b * c - t2 * covariance[1, 2])
@@ -243,14 +244,16 @@ def fit_power_law(data: Sequence[float], losses: Sequence[float]) -> PowerLaw:
     unit = math.exp(float(np.log(d).mean()))
 
     def solve(b: float) -> tuple[float, np.ndarray]:
-        weights, residual = optimize.nnls(np.stack([(d / unit) ** -b, np.ones_like(d)], axis=1), y)
+        weights, residual = scipy.optimize.nnls(np.stack([(d / unit) ** -b, np.ones_like(d)], axis=1), y)
         return float(residual), weights
 
     grid = np.geomspace(0.005, 3.0, 120)
     best = int(np.argmin([solve(float(b))[0] for b in grid]))
     bracket = (float(grid[max(0, best - 1)]), float(grid[min(len(grid) - 1, best + 1)]))
     b = float(
-        optimize.minimize_scalar(lambda b: solve(b)[0], bounds=bracket, method="bounded", options={"xatol": 1e-9}).x
+        scipy.optimize.minimize_scalar(
+            lambda b: solve(b)[0], bounds=bracket, method="bounded", options={"xatol": 1e-9}
+        ).x
     )
     residual, (a, c) = solve(b)
     return PowerLaw(scale=float(a) * unit**b, exponent=b, floor=float(c), residual=residual / math.sqrt(len(d)))

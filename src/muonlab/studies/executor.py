@@ -16,7 +16,6 @@ from typing import Any
 from muonlab.errors import InputError
 from muonlab.studies.leases import Lease
 from muonlab.training.config import RunConfig, from_dict
-from muonlab.training.loop import run
 from muonlab.training.tracking import RunInProgress
 
 ASK_AGAIN = 1.0
@@ -197,6 +196,8 @@ def attempt(
     config: RunConfig[Any], directory: Path, should_stop: Callable[[], bool], on_event: Event | None = None
 ) -> dict[str, Any]:
     """Make one run under a lease: its metrics without its history, or status "held" or "failed" with a message."""
+    from muonlab.training.loop import run  # loads torch: a study with nothing left to run does without it
+
     lease = Lease(directory.with_name(f"{directory.name}.lease"))
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)

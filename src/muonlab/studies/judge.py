@@ -23,15 +23,15 @@ Losses = dict[int, float]
 """Seed -> final cross-entropy, infinity for a run that diverged."""
 
 
-def judge(directory: str | Path) -> dict[str, Any]:
+def judge(directory: str | Path, records: Records | None = None) -> dict[str, Any]:
     """Summarise the study in `directory` and write `comparison_summary.json`; returns it.
 
     Runs that are missing, damaged or unfinished are listed under `problems` and leave their cells with fewer seeds.
-    InputError for a folder without a study.
+    `records` are those of its runs where they have just been read. InputError for a folder without a study.
     """
     directory = Path(directory)
     plan = read_plan(directory)
-    summary = summarize_study(plan, read_records(directory))
+    summary = summarize_study(plan, records or read_records(directory))
     write_json(directory / SUMMARY, summary)
     return summary
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from muonlab.data import DataOptions, Dataset
 from muonlab.errors import InputError
 from muonlab.studies.cost import remember_rate
 from muonlab.studies.executor import Executor, Job, OnProgress
@@ -14,7 +15,7 @@ from muonlab.studies.judge import PLAN, judge, read_plan
 from muonlab.studies.records import read_records
 from muonlab.studies.study import Study, slug
 from muonlab.training.config import RunConfig, flat, replace, run_id
-from muonlab.training.loop import resolve
+from muonlab.training.resolve import resolve
 from muonlab.training.tracking import without_none, write_json
 
 SPLITS = {"training": {"eval_splits": ["tune", "report"]}}
@@ -40,8 +41,13 @@ def plan_study(study: Study, directory: str | Path, *, fallback: bool = False, p
     base = flat(study.base.to_dict())
     cells: list[dict[str, Any]] = []
     jobs: list[Job] = []
+    datasets: dict[DataOptions, Dataset] = {}
     for cell in study.cells:
-        config, dataset = resolve(replace(cell.config, **SPLITS), fallback=fallback, progress=progress)
+        data = cell.config.data
+        config, dataset = resolve(
+            replace(cell.config, **SPLITS), fallback=fallback, progress=progress, dataset=datasets.get(data)
+        )
+        datasets[data] = dataset
         notices += [notice for notice in dataset.notices if notice not in notices]
         own = {k: v for k, v in flat(cell.config.to_dict()).items() if k not in ("name", "seed") and base.get(k) != v}
         own = {key: without_none(value) for key, value in own.items()}
@@ -123,8 +129,8 @@ def run_study(
     except OSError as error:
         raise InputError(f"cannot make the folder {directory}: {error.strerror}") from None
     write_json(directory / PLAN, values)
-    known = read_records(directory).runs
-    done = {name for name, record in known.items() if record["status"] in ("finished", "diverged")}
+    records = read_records(directory)
+    done = {name for name, record in records.runs.items() if record["status"] in ("finished", "diverged")}
     failures: dict[str, str] = {}
     made: list[tuple[dict[str, Any], RunConfig[Any]]] = []
     with Executor(workers, on_progress, should_stop) as executor:
@@ -138,4 +144,4 @@ def run_study(
     remember_rate(made, workers)
     if failures:
         write_json(directory / PLAN, {**values, "failures": failures})
-    return judge(directory)
+    return judge(directory, None if made else records)

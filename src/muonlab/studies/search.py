@@ -9,7 +9,7 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from scipy.stats import qmc
+import scipy
 
 from muonlab.errors import InputError, unknown
 from muonlab.studies.space import KNOBS, STEP, Point, center_of, knobs_of
@@ -289,7 +289,9 @@ def quasi_random(sequence: str, count: int, seed: int) -> list[dict[str, float]]
     if (
         sequence == "sobol"
     ):  # whole powers of two are balanced; the first points of a longer sequence are those of a shorter
-        points = qmc.Sobol(len(KNOBS), scramble=True, rng=seed).random_base2(max(1, math.ceil(math.log2(count))))
+        points = scipy.stats.qmc.Sobol(len(KNOBS), scramble=True, rng=seed).random_base2(
+            max(1, math.ceil(math.log2(count)))
+        )
     else:
-        points = qmc.Halton(len(KNOBS), scramble=True, rng=seed).random(count)
+        points = scipy.stats.qmc.Halton(len(KNOBS), scramble=True, rng=seed).random(count)
     return [dict(zip(KNOBS, point, strict=True)) for point in points[:count].tolist()]

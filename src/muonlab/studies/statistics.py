@@ -14,7 +14,8 @@ from functools import cache
 from typing import Any, Literal
 
 import numpy as np
-from scipy import optimize, special, stats
+import scipy  # loads a part of itself when it is used: stats takes most of a second
+from scipy import special
 
 from muonlab.errors import InputError
 
@@ -173,7 +174,7 @@ def t_interval(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -
     x = np.asarray(values, dtype=float)
     if len(x) < 2:
         return (-math.inf, math.inf)
-    half = float(stats.t.ppf(0.5 + confidence / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
+    half = float(special.stdtrit(len(x) - 1, 0.5 + confidence / 2) * x.std(ddof=1) / math.sqrt(len(x)))
     return (float(x.mean()) - half, float(x.mean()) + half)
 
 
@@ -186,7 +187,7 @@ def bootstrap_interval(
         return (-math.inf, math.inf)
     if np.ptp(x) == 0:
         return (float(x[0]), float(x[0]))
-    found = stats.bootstrap(
+    found = scipy.stats.bootstrap(
         (x,), np.mean, n_resamples=resamples, confidence_level=confidence, method="BCa", rng=np.random.default_rng(seed)
     ).confidence_interval
     return (float(found.low), float(found.high))
@@ -225,7 +226,7 @@ def _detectable_ratio(n: int, wanted_power: float, confidence: float) -> float:
     while power(upper, 1.0, n, confidence=confidence) < wanted_power:
         upper *= 2
     return float(
-        optimize.brentq(lambda d: power(d, 1.0, n, confidence=confidence) - wanted_power, 0.0, upper, xtol=1e-10)
+        scipy.optimize.brentq(lambda d: power(d, 1.0, n, confidence=confidence) - wanted_power, 0.0, upper, xtol=1e-10)
     )
 
 
@@ -266,7 +267,7 @@ def noise_floor(groups: Sequence[Sequence[float]], *, confidence: float = 0.95) 
         raise InputError("noise needs at least one configuration that was run twice or more")
     degrees = sum(len(group) - 1 for group in kept)
     spread = math.sqrt(sum(float(((group - group.mean()) ** 2).sum()) for group in kept) / degrees)
-    width = float(stats.t.ppf(0.5 + confidence / 2, degrees)) * math.sqrt(2) * spread
+    width = float(special.stdtrit(degrees, 0.5 + confidence / 2)) * math.sqrt(2) * spread
     return NoiseFloor(spread=spread, degrees=degrees, difference=width)
 
 
@@ -306,4 +307,4 @@ def _p_value(values: np.ndarray) -> float:
     if np.ptp(values) == 0:
         return 0.0 if values[0] else 1.0
     t = values.mean() / (values.std(ddof=1) / math.sqrt(len(values)))
-    return float(2 * stats.t.sf(abs(t), len(values) - 1))
+    return float(2 * special.stdtr(len(values) - 1, -abs(t)))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from muonlab.errors import InputError
 from muonlab.studies.curves import lr_tolerance
@@ -298,7 +298,7 @@ def _p_below(x: Sequence[float], bound: float) -> float:
     mean, error = float(np.mean(x)), float(np.std(x, ddof=1)) / math.sqrt(len(x))
     if error == 0:
         return 0.0 if mean < bound else 1.0
-    return float(stats.t.cdf((mean - bound) / error, len(x) - 1))
+    return float(special.stdtr(len(x) - 1, (mean - bound) / error))
 
 
 def _mean_loss(cell: CellResult) -> float:

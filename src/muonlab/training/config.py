@@ -193,35 +193,44 @@ def replace(config: RunConfig[Any], **changes: Any) -> RunConfig[Any]:
 
 def resolve_machine(config: RunConfig[Any]) -> RunConfig[Any]:
     """Every `auto` replaced by what this machine gives: device, precision, threads, program, logit_chunk_bytes."""
-    import torch  # takes seconds: reading and checking configurations does without it
-
     training = config.training
-    device = training.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, precision, threads = training.device, training.precision, training.threads
     kind = device.split(":")[0]
-    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if kind not in here:
+    if device != "auto" and kind not in ("cpu", "cuda", "mps"):
         raise InputError(f"training.device is {device!r}; known: auto, cpu, cuda, cuda:N, mps")
-    if not here[kind]:
-        raise InputError(f"training.device is {device!r} but torch sees no such device here; use cpu or auto")
-    precision = training.precision
+    if kind != "cpu" or not threads:
+        import torch  # takes seconds: what is settled without it does not wait for it
+
+        if device == "auto":
+            kind = device = "cuda" if torch.cuda.is_available() else "cpu"
+        if not {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[kind]:
+            raise InputError(f"training.device is {device!r} but torch sees no such device here; use cpu or auto")
+        if precision == "auto" and kind == "cuda" and torch.cuda.is_bf16_supported():
+            precision = "bf16"
+        threads = threads or torch.get_num_threads()
     if precision == "auto":
-        precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        precision = "fp32"
     if precision == "fp16" and kind != "cuda":
         raise InputError("training.precision fp16 scales the loss on CUDA only; use fp32 or bf16 on this device")
     program = choose_program(training.program, device, precision)
-    chunk = training.logit_chunk_bytes or (32 << 20 if kind == "cpu" else 512 << 20)
+    chunk = training.logit_chunk_bytes or {"cpu": 32 << 20, "mps": 512 << 20}.get(kind) or _memory(device) // 32
     return replace(
         config,
         training={
             "device": device,
             "precision": precision,
-            "threads": training.threads or torch.get_num_threads(),
+            "threads": threads,
             "program": program,
             "logit_chunk_bytes": chunk,
         },
     )
+
+
+def _memory(device: str) -> int:
+    """Bytes of a CUDA device."""
+    import torch
+
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def choose_program(wanted: str, device: str, precision: str) -> str:

@@ -1,24 +1,21 @@
 """One run from its first update to its last: data, schedule, updates, evaluation, checkpoints, divergence, clean stop."""
 
-import contextlib
 import math
 import resource
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from muonlab.data import Dataset, batch, prepare
-from muonlab.data.order import window_count
+from muonlab.data import Dataset, batch
 from muonlab.errors import InputError
 from muonlab.training import checkpoint, programs
-from muonlab.training.config import RunConfig, optimizer_name, replace, resolve_machine, run_id
+from muonlab.training.config import RunConfig, optimizer_name, run_id
 from muonlab.training.evaluation import Evaluator
+from muonlab.training.resolve import resolve
 from muonlab.training.tracking import (
     RunDirectory,
     history,
@@ -34,28 +31,6 @@ READ_EVERY = 20
 
 Event = Callable[[dict[str, Any]], None]
 """Called with every row of metrics.jsonl as it is written, with a `directory` besides."""
-
-
-def resolve(config: RunConfig[Any], *, fallback: bool = False, progress: bool = True) -> tuple[RunConfig[Any], Dataset]:
-    """The concrete run: data prepared, the model's vocabulary the tokenizer's, every `auto` decided.
-
-    With `fallback`, the default corpus is replaced by `pydoc` where nothing can be downloaded, and the notice kept.
-    """
-    config = resolve_machine(config)
-    dataset = prepare(config.data, progress=progress, fallback=fallback)
-    if config.model.vocab_size not in (0, dataset.vocab_size) and config.model.vocab_size < dataset.vocab_size:
-        raise InputError(
-            f"model.vocab_size is {config.model.vocab_size} but the tokenizer has {dataset.vocab_size}; use 0 to follow it"
-        )
-    for split in ("train", *config.training.eval_splits):
-        windows = window_count(dataset.split(split), config.model.seq_len)  # an InputError now, not in mid-run
-        sequences = config.training.accumulation * config.training.micro_batch_size
-        if split == "train" and sequences > windows:
-            raise InputError(
-                f"an update of {sequences} sequences is more than an epoch of this text ({windows} windows)"
-            )
-    vocab_size = config.model.vocab_size or dataset.vocab_size
-    return replace(config, model={"vocab_size": vocab_size}, data={"corpus": dataset.corpus}), dataset
 
 
 def run(
@@ -328,27 +303,6 @@ class Loop:
         for row in self.routing:
             counts[row["kind"]] = counts.get(row["kind"], 0) + math.prod(row["shape"])
         return counts
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets, for a clean stop; the second one interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def on_interrupt(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def device_name(device: torch.device) -> str:
