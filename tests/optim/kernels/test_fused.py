@@ -141,6 +141,53 @@ def test_steps_equal_the_plain_ones_for_moving_transposed_vanishing_and_idle_gra
             )
 
 
+@pytest.mark.parametrize("shape", ((300, 712), (257, 257), (420, 330)) if GPU else ((33, 70), (41, 41), (50, 37)))
+def test_products_of_ragged_tiles_are_right_and_write_nothing_but_their_matrices(shape: tuple[int, int]) -> None:
+    from muonlab.optim.kernels import iteration
+
+    torch.manual_seed(4)
+    count, (rows, cols), m = 3, shape, min(shape)
+    buffers = []
+
+    def bank(height: int, width: int) -> Tensor:
+        pitch = iteration.pitch_of(width)
+        flat = torch.full((count * height * pitch + 512,), 7.0, dtype=torch.float16, device=DEVICE)
+        inner = flat[256:-256].view(count, height, pitch)
+        buffers.append((flat, inner[:, :, width:]))
+        return inner
+
+    def symmetric(rest: bool = False) -> iteration.Symmetric:
+        diagonal = torch.full((count, m), 7.0, device=DEVICE)
+        return iteration.Symmetric(bank(m, m), diagonal, bank(m, m) if rest else None)
+
+    def whole(s: iteration.Symmetric) -> Tensor:
+        off = s.off[:, :, :m].float()
+        assert (off.diagonal(dim1=1, dim2=2) == 0).all()
+        return off + torch.diag_embed(s.diagonal)
+
+    x, y = bank(rows, cols), bank(rows, cols)
+    x[:, :, :cols] = (torch.randn(count, rows, cols) / (rows * cols) ** 0.5).to(DEVICE)
+    section = iteration.Section(x, y, cols, 0)
+    gram, half, factor = symmetric(rest=True), symmetric(rest=True), symmetric()
+    iteration._gram(section, gram, None, keep_rest=True)
+    iteration._symmetric(gram, gram, factor, 2 / iteration.GAIN**2, -3 / iteration.GAIN, 1.5)
+    iteration._symmetric(factor, gram, half)
+    iteration._product(factor, section, None)
+
+    own = x[:, :, :cols].double()
+    r = own @ own.mT if rows <= cols else own.mT @ own
+    w = 1.5 * torch.eye(m, dtype=torch.float64, device=DEVICE) - 3 * r + 2 * r @ r
+    assert relative(whole(gram) / iteration.GAIN, r) < 5e-4
+    assert relative(whole(factor), w) < 5e-4
+    assert relative(whole(half) / iteration.GAIN, w @ r) < 5e-4
+    assert half.rest is not None
+    exact = whole(half) + half.rest[:, :, :m].float() / 2048
+    assert relative(exact.tril() / iteration.GAIN, (w @ r).tril()) < 1e-4
+    assert relative(y[:, :, :cols].double(), w @ own if rows <= cols else own @ w) < 1e-3
+    for flat, padding in buffers:
+        assert (torch.cat((flat[:256], flat[-256:], padding.flatten())) == 7).all()
+
+
 def test_a_matrix_with_a_nan_becomes_nan_and_its_neighbour_does_not() -> None:
     params = params_like((SHAPE, SHAPE))
     for param in params:

@@ -67,7 +67,6 @@ class Workspace:
     @classmethod
     def allocate(cls, count: int, m: int, dtype: torch.dtype, device: torch.device) -> "Workspace":
         def symmetric(rest: bool) -> Symmetric:
-            # Zeros: the kernels never write the diagonal of `off`.
             off = torch.zeros(count, m, pitch_of(m), dtype=dtype, device=device)
             return Symmetric(off, torch.zeros(count, m, device=device), torch.zeros_like(off) if rest else None)
 

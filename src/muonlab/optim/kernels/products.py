@@ -125,7 +125,6 @@ def _store_symmetric(
     value, off, mirror, rest, diagonal, z, row, col, m, DIAGONAL: tl.constexpr, KEEP_REST: tl.constexpr
 ):
     """Stores half a tile that begins at (row, col), and its mirror image if it is not on the diagonal."""
-    # No mask compares rows with columns of all tiles: such a mask would make every store a scalar one.
     HEIGHT: tl.constexpr = value.shape[0]
     WIDTH: tl.constexpr = value.shape[1]
     if DIAGONAL:
