@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from muonlab.models import ModelOptions, Transformer, head_stats
-from muonlab.models.ops import grouped_linear
+from muonlab.models.ops import grouped_linear, silu_dropout
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -83,6 +83,26 @@ def test_statistics_of_low_precision_heads_are_those_of_the_logits(d: int) -> No
         stats.target_logit.double(), logits.gather(1, targets[:, None])[:, 0], rtol=4e-3, atol=1e-2
     )
     assert (stats.correct == (logits.argmax(-1) == targets)).float().mean() > 0.99  # rounding makes ties
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_of_silu_drops_its_share_and_nothing_else_and_so_does_its_gradient(dtype, compiled) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(300, 1111, device="cuda", dtype=dtype, requires_grad=True)
+    run = torch.compile(silu_dropout) if compiled else silu_dropout
+    y = run(x, 0.2)
+    kept = y != 0
+    share = kept.double().mean().item()
+    assert abs(share - 0.8) < 5 * (0.2 * 0.8 / x.numel()) ** 0.5
+    assert ((run(x, 0.2) != 0) == kept).double().mean().item() == pytest.approx(0.8**2 + 0.2**2, abs=0.01)
+    exact = x.detach().double().requires_grad_()
+    expected = F.silu(exact) * kept / 0.8
+    upstream = torch.randn_like(y)
+    tolerance = 1e-6 if dtype == torch.float32 else 5e-3
+    assert (y - expected).norm() < tolerance * expected.norm()
+    (ours,), (theirs,) = torch.autograd.grad(y, x, upstream), torch.autograd.grad(expected, exact, upstream.double())
+    assert (ours - theirs).norm() < tolerance * theirs.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from muonlab.models.ops import silu_dropout
 from muonlab.models.options import Activation, ModelOptions
 
 
@@ -20,9 +21,20 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d_model] -> [..., d_model]."""
         up = self.up(x)
-        hidden = activate(up, self.activation) if self.gate is None else activate(self.gate(x), self.activation) * up
-        y: Tensor = self.down(self.dropout(hidden))
+        if self.gate is None:
+            hidden = activate_and_drop(up, self.activation, self.dropout)
+        else:
+            hidden = self.dropout(activate(self.gate(x), self.activation) * up)
+        y: Tensor = self.down(hidden)
         return y
+
+
+def activate_and_drop(x: Tensor, activation: Activation, dropout: nn.Dropout) -> Tensor:
+    """dropout(activate(x))."""
+    if activation == "silu" and dropout.training and 0 < dropout.p < 1:
+        return silu_dropout(x, dropout.p)
+    y: Tensor = dropout(activate(x, activation))
+    return y
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:

@@ -98,39 +98,37 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def forward(h: Tensor, weight: Tensor, targets: Tensor, chunk_bytes: int, ahead: bool) -> tuple[Tensor, ...]:
-        n, weight = h.shape[0], weight.to(h.dtype)
+        weight = weight.to(h.dtype)
         dtype = torch.promote_types(h.dtype, torch.float32)
         fused = ahead and h.is_cuda and h.dtype in (torch.bfloat16, torch.float16)
-        target_logit, lse, kept = (torch.empty(size, dtype=dtype, device=h.device) for size in (n, n, 0))
-        expected = torch.empty(h.shape if ahead else 0, dtype=dtype, device=h.device)
-        product = torch.zeros(weight.shape if ahead else 0, dtype=dtype, device=h.device)
-        correct = torch.empty(n, dtype=torch.bool, device=h.device)
+        kept = torch.empty(0, dtype=dtype, device=h.device)
+        product: Tensor | None = None
         if ahead and h.device.type == "cpu":
             # 256 rows keep a small vocabulary's logits in a core's cache and a large one's matmuls at full speed
             chunk_bytes = min(chunk_bytes, 256 * weight.shape[0] * dtype.itemsize)
-        chunks = _chunks(n, weight.shape[0], h.dtype if fused else dtype, chunk_bytes // 2 if fused else chunk_bytes)
+        if fused:  # logits and their softmax are alive together
+            chunks = _chunks(h.shape[0], weight.shape[0], h.dtype, chunk_bytes // 2)
+        else:
+            chunks = _chunks(h.shape[0], weight.shape[0], dtype, chunk_bytes)
+        found = []
         for part in chunks:
-            if fused:  # logits and their softmax are alive together
-                p, target_logit[part], lse[part], correct[part] = softmax_rows(h[part] @ weight.T, targets[part])
-                expected[part] = _matmul(p, weight)
-                _add_product(product, p, h[part])
-                continue
-            logits = _matmul(h[part], weight.T)  # [rows, V]
-            largest, where = logits.max(-1)
-            target_logit[part] = logits.gather(1, targets[part, None]).squeeze(1)
-            correct[part] = where == targets[part]
-            torch.softmax(logits, -1, out=logits)
-            # the largest probability is at least 1/V: its logarithm loses nothing
-            lse[part] = largest - logits.gather(1, where[:, None]).squeeze(1).log()
+            if fused:
+                p, *stats = softmax_rows(h[part] @ weight.T, targets[part])
+            else:
+                p, *stats = _softmax(_matmul(h[part], weight.T), targets[part])
             if ahead:
-                p = logits.to(h.dtype)
-                expected[part] = _matmul(p, weight)
-                _add_product(product, p, h[part])
-                del p
-            elif len(chunks) == 1:
-                kept = logits
-            del logits  # before the next chunk's are made
-        return target_logit, lse, correct, kept, expected, product
+                low = p.to(h.dtype)
+                stats.append(_matmul(low, weight))
+                product = _matmul(low.T, h[part]) if product is None else _add_product(product, low, h[part])
+                del low
+            else:
+                stats.append(kept.clone())
+                if len(chunks) == 1:
+                    kept = p
+            del p  # before the next chunk's is made
+            found.append(stats)
+        target_logit, lse, correct, expected = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*found))
+        return target_logit, lse, correct, kept, expected, kept.clone() if product is None else product
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -202,9 +200,8 @@ def softmax_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tenso
     kernels = _kernels(logits.device)
     if kernels is not None:
         return kernels.softmax(logits, targets)  # type: ignore[no-any-return]
-    wide = logits.float()
-    where = wide.argmax(-1)
-    return wide.softmax(-1).to(logits.dtype), _at(wide, targets), wide.logsumexp(-1), where == targets
+    p, target_logit, lse, correct = _softmax(logits.float(), targets)
+    return p.to(logits.dtype), target_logit, lse, correct
 
 
 @softmax_rows.register_fake
@@ -220,13 +217,11 @@ def narrow_head(h: Tensor, weight: Tensor, targets: Tensor, chunk_bytes: int) ->
     kernels = _kernels(h.device)
     if kernels is not None:
         return kernels.forward(h, weight, targets)  # type: ignore[no-any-return]
-    parts = []
+    found = []
     for part in _chunks(h.shape[0], weight.shape[0], torch.float32, chunk_bytes // 2):
-        logits = _matmul(h[part], weight.T)
-        p = logits.softmax(-1).to(h.dtype)
-        correct = logits.argmax(-1) == targets[part]
-        parts.append((_at(logits, targets[part]), logits.logsumexp(-1), correct, _matmul(p, weight)))
-    target_logit, lse, correct, expected = (torch.cat(values) for values in zip(*parts))
+        p, *stats = _softmax(_matmul(h[part], weight.T), targets[part])
+        found.append((*stats, _matmul(p.to(h.dtype), weight)))
+    target_logit, lse, correct, expected = (torch.cat(values) for values in zip(*found))
     return target_logit, lse, correct, expected
 
 
@@ -281,16 +276,25 @@ def _kernels(device: torch.device) -> types.ModuleType | None:
     return None
 
 
+def _softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `softmax_rows`, in place, in fp32 or fp64."""
+    largest, where = logits.max(-1)
+    target_logit = _at(logits, targets)
+    torch.softmax(logits, -1, out=logits)
+    # the largest probability is at least 1/V: its logarithm loses nothing
+    lse = largest - _at(logits, where).log()
+    return logits, target_logit, lse, where == targets
+
+
 def _at(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(1, targets[:, None]).squeeze(1)
 
 
-def _add_product(total: Tensor, p: Tensor, rows: Tensor) -> None:
+def _add_product(total: Tensor, p: Tensor, rows: Tensor) -> Tensor:
     """In place total += p.T @ rows, with the sums in the dtype of `total`."""
     if p.dtype == total.dtype:
-        torch.addmm(total, p.T, rows, out=total)
-    else:
-        total += _matmul(p.T, rows)
+        return torch.addmm(total, p.T, rows, out=total)
+    return total.add_(_matmul(p.T, rows))
 
 
 def _chunks(n: int, vocab: int, dtype: torch.dtype, chunk_bytes: int) -> list[slice]:

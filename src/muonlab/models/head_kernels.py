@@ -24,7 +24,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 WHOLE = 65536
 """Largest vocabulary of which a program holds a row in registers."""
 PART = 16384
-FORWARD, BACKWARD = (128, 64, 8, 4), (64, 128, 8, 3)
+FORWARD, BACKWARD = (128, 128, 8, 3), (64, 64, 4, 3)
 """Tokens and ids of a tile, warps, stages of the pipeline."""
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from muonlab.models.feed_forward import activate
+from muonlab.models.feed_forward import activate, activate_and_drop
 from muonlab.models.ops import at_least_fp32, gather_rows, grouped_linear, without_autocast
 from muonlab.models.options import ModelOptions
 
@@ -87,10 +87,10 @@ class ExpertStack(nn.Module):
         """x [n, d], rows sorted by expert; expert e's rows end before ends[e] (int32)."""
         up = grouped_linear(x, self.up, ends)
         if self.gate is None:
-            hidden = activate(up, self.activation)
+            hidden = activate_and_drop(up, self.activation, self.dropout)
         else:
-            hidden = activate(grouped_linear(x, self.gate, ends), self.activation) * up
-        return grouped_linear(self.dropout(hidden), self.down, ends)
+            hidden = self.dropout(activate(grouped_linear(x, self.gate, ends), self.activation) * up)
+        return grouped_linear(hidden, self.down, ends)
 
 
 def largest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,10 @@
-"""The few custom primitives beside the head: normalisation, row gather, grouped matmul. Each has exact gradients in every dtype."""
+"""The few custom primitives beside the head: normalisation, dropout of silu, row gather, grouped matmul.
 
+Each has exact gradients in every dtype.
+"""
+
+import functools
+import importlib.util
 from typing import Any
 
 import torch
@@ -18,6 +23,15 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y
+
+
+def silu_dropout(x: Tensor, p: float) -> Tensor:
+    """dropout(silu(x), p), 0 < p < 1, with a mask from torch's global generator; in half precision on a GPU one Triton kernel."""
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and _drops_in_triton():
+        seed = torch.randint(2**31 - 1, (1,), device=x.device)
+        y: Tensor = _silu_dropout(x.contiguous(), seed, p)
+        return y
+    return F.dropout(F.silu(x), p)
 
 
 def gather_rows(x: Tensor, order: Tensor, inverse: Tensor, copies: int = 1) -> Tensor:
@@ -106,6 +120,64 @@ class _RMSNorm(torch.autograd.Function):
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     mean_square: Tensor = torch.linalg.vecdot(x, x) / x.shape[-1]
     return (mean_square + eps).rsqrt().unsqueeze(-1)  # [..., 1]
+
+
+@torch.library.custom_op("muonlab::silu_dropout", mutates_args=())
+def _silu_dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    from muonlab.models import dropout_kernels
+
+    return dropout_kernels.forward(x, seed, p)
+
+
+@torch.library.custom_op("muonlab::silu_dropout_backward", mutates_args=())
+def _silu_dropout_backward(grad: Tensor, x: Tensor, seed: Tensor, p: float) -> Tensor:
+    from muonlab.models import dropout_kernels
+
+    return dropout_kernels.backward(grad, x, seed, p)
+
+
+@_silu_dropout.register_fake
+def _(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@_silu_dropout_backward.register_fake
+def _(grad: Tensor, x: Tensor, seed: Tensor, p: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, seed, ctx.p = inputs
+    ctx.save_for_backward(x, seed)
+
+
+def _silu_dropout_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return _silu_dropout_backward(grad.contiguous(), *ctx.saved_tensors, ctx.p), None, None
+
+
+_silu_dropout.register_autograd(_silu_dropout_gradient, setup_context=_keep_for_backward)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _drops_in_triton() -> bool:
+    return _triton_drops(torch.cuda.current_device())
+
+
+@functools.cache
+def _triton_drops(device: int) -> bool:
+    """Whether the kernels compile here and drop what they should."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from muonlab.models import dropout_kernels
+
+        x = torch.full((1 << 14,), 2.0, dtype=torch.bfloat16, device=f"cuda:{device}")
+        y = dropout_kernels.forward(x, torch.ones(1, dtype=torch.int64, device=x.device), 0.25)
+        kept = y[y != 0].float()
+        right = abs(kept.numel() / x.numel() - 0.75) < 0.05 and torch.allclose(kept, F.silu(x[:1].float()) / 0.75, 1e-2)
+        return right
+    except Exception:  # a compiler's failure may be of any kind; torch's own operations do the same
+        return False
 
 
 class _GatherRows(torch.autograd.Function):

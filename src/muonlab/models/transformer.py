@@ -149,13 +149,14 @@ class Attention(nn.Module):
         """x [B, T, d] -> [B, T, d]; cos and sin [T, head_dim]; mask [B, 1, T, T] bool, or None for plainly causal."""
         options = self.options
         if options.fused_qkv:
-            projections = self.qkv(x).split(self.widths, -1)
+            # queries and keys are turned as one tensor: the backward pass then puts two parts together, not three
+            turned, v = self.qkv(x).unflatten(-1, (-1, options.head_dim)).tensor_split([-options.kv_heads], 2)
+            q, k = torch.split(self.turn(turned, cos, sin), [options.n_heads, options.kv_heads], 2)
         else:
             projections = (self.query(x), self.key(x), self.value(x))
-        q, k, v = (y.unflatten(-1, (-1, options.head_dim)) for y in projections)  # [B, T, heads, head_dim]
-        if options.qk_norm:
-            q, k = rms_norm(q, None, options.norm_eps), rms_norm(k, None, options.norm_eps)
-        q, k, v = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
+            q, k, v = (y.unflatten(-1, (-1, options.head_dim)) for y in projections)  # [B, T, heads, head_dim]
+            q, k = self.turn(q, cos, sin), self.turn(k, cos, sin)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if self.logit_meter is not None and self.training:
             self.logit_meter(q, k, mask)
         y = F.scaled_dot_product_attention(
@@ -169,6 +170,10 @@ class Attention(nn.Module):
         )
         out: Tensor = self.output(y.transpose(1, 2).flatten(2))
         return out
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries or keys [B, T, heads, head_dim], normalised if asked, turned by their positions' angles."""
+        return rotate(rms_norm(x, None, self.options.norm_eps) if self.options.qk_norm else x, cos, sin)
 
     def query_key(self) -> tuple[list[Tensor], list[Tensor], int] | None:
         """Weight and bias of queries, those of keys, and the number of query heads; None where both are normalised."""
