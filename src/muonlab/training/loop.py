@@ -295,7 +295,7 @@ class Loop:
             "best": {"update": best["update"], "cross_entropy": best["cross_entropy"]} if best else None,
             "updates_to_best": best["update"] if best else None,
         }
-        write_json(self.files.path / "metrics.json", metrics)
+        write_json(self.files.path / "metrics.json", metrics, indent=None)
         return metrics
 
     def parameter_counts(self) -> dict[str, int]:
