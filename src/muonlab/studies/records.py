@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from muonlab import __version__
 from muonlab.diagnostics.stability import plateaus, spikes
 from muonlab.errors import InputError
 from muonlab.training.tracking import read_run, write_json
 
 INDEX = "index.json"
+FORMAT = 2
+"""What a record is made of: raise it whenever `_record`, or what it calls, makes another one of the same run."""
 KEPT = [
     "status",
     "message",
@@ -72,7 +73,7 @@ def read_records(directory: str | Path) -> Records:
         if record["status"] in ("finished", "diverged"):
             index[name] = {"stamp": stamp, "record": record}
     if index != remembered:
-        write_json(directory / INDEX, {"code": __version__, "runs": index})
+        write_json(directory / INDEX, {"format": FORMAT, "runs": index}, indent=None)
     return Records(runs, problems)
 
 
@@ -97,6 +98,6 @@ def _record(path: Path) -> dict[str, Any]:
 def _read_index(path: Path) -> dict[str, Any]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        return dict(stored["runs"]) if stored["code"] == __version__ else {}
+        return dict(stored["runs"]) if stored["format"] == FORMAT else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
