@@ -117,3 +117,26 @@ def test_listing_and_dry_runs_do_not_wait_for_torch():
     code = "import sys; from muonlab.cli import main; main(['study', '--list']); main(['study', 'exp9', '--dry-run']); print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "False"
+
+
+def test_three_lengths_of_training_give_a_data_speed_up_in_every_form_of_the_report(capsys, tmp_path):
+    lengths = {"name": "updates", "field": "training.updates", "values": [4, 8, 16]}
+    cases = [{"name": "muon"}, {"name": "adam", "optimizer": {"name": "adamw", "lr": 0.003}}]
+    changed = {"axes": [lengths], "cases": cases, "seeds": 1, "reference": "adam updates=16", "published": None}
+    file = written(tmp_path, **changed, versions=None, default=None, scales=None)
+    code, out, _ = call("study", file, "--workers", 0, "-o", "results", "--quiet", capsys=capsys)
+    assert code == 0
+    folder = tmp_path / "results"
+    summary = json.loads((folder / "comparison_summary.json").read_text())
+    runs = {cell["cell"]: cell["runs"][0] for cell in summary["cells"]}
+    assert [row["tokens"] for row in summary["data_speedup"]["rows"]] == [
+        runs[f"muon updates={n}"]["tokens"] for n in (4, 8, 16)
+    ]
+    assert summary["data_speedup"]["group"] == "adamw"
+    for row in summary["to_target"]:
+        needed = row["tokens"]
+        assert row["data_speedup"] == (needed and pytest.approx(runs["adam updates=16"]["tokens"] / needed))
+    assert "data speed-up (D_eff/D, fitted)" in out
+    assert "D<sub>eff</sub>/D" in (folder / "report.html").read_text()
+    assert "tab:speedups" in (folder / "tables.tex").read_text()
+    assert "DATA SPEED-UP" in (folder / "EXPERIMENT_CARD.txt").read_text()

@@ -225,10 +225,10 @@ def test_the_first_place_names_those_within_the_noise():
 def test_threats_are_written_from_the_data():
     one_seed = titles(study(cell("a", 4.0, rank=1), seeds=[1]))
     assert one_seed["One seed"].severity == "serious"
-    edge = {"group": "muon", "axis": "lr", "rest": {"momentum": 0.9}, "best": 0.1, "low": 0.05, "high": 0.1, "octaves": 1.0, "open_low": False, "open_high": True, "optimum": None}  # fmt: skip
+    edge = {"group": "muon", "axis": "lr", "rest": {"momentum": 0.9}, "best": 0.1, "low": 0.05, "high": 0.1, "octaves": 1.0, "open_low": False, "open_high": True, "edge": "high", "optimum": None}  # fmt: skip
     found = titles(study(cell("a", 4.0, 4.1, rank=1), sensitivity=[edge]))
     assert "muon (momentum 0.9): the highest lr" in found["Best lr at the edge of its range"].text
-    inside = {**edge, "best": 0.07}
+    inside = {**edge, "best": 0.07, "edge": None}
     assert "Best lr at the edge of its range" not in titles(study(cell("a", 4.0, 4.1, rank=1), sensitivity=[inside]))
     micro = titles(study(cell("a", 4.0, 4.1, rank=1, published={"loss": 3.0}), scale="micro"))
     assert "not comparable with the published ones" in micro["Not the size of the source"].text
@@ -277,3 +277,16 @@ def test_an_optimum_beyond_what_was_tried_is_called_so():
     assert study_tables.optimum(line(0.005, [0.0, None])) == "0.005, beyond what was tried"
     assert study_tables.optimum(line(0.02, [0.015, 0.03])) == "0.02 (0.015 to 0.03)"
     assert study_tables.bounds(line(0.02, [0.0, None])) == ("≤ 0.01", "0.02", "≥ ")
+
+
+def test_a_fitted_speed_up_says_what_it_rests_on():
+    law = {"scale": 400.0, "exponent": 0.3, "floor": 2.5, "residual": 0.001}
+    rows = [
+        {"group": "muon", "cell": "m", "tokens": 10_000, "loss": 4.0, "speedup": 1.4},
+        {"group": "muon", "cell": "m", "tokens": 20_000, "loss": 2.4, "speedup": None},
+    ]
+    summary = study(cell("m", 4.0), data_speedup={"group": "adamw", "lengths": [1, 2, 3], "law": law, "rows": rows})
+    assert [row["text"] for row in study_content.speedup_rows(summary)] == ["1.4", "beyond its floor"]
+    assert "adamw would need" in study_content.speedup_note(summary)
+    assert "3 lengths" in study_content.speedup_note(summary)
+    assert study_content.speedup_rows(study(cell("m", 4.0))) == []

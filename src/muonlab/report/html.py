@@ -131,6 +131,8 @@ def study_page(material: Material) -> str:
         workloads="pairs of target and seed" if len(goals) > 1 else "seeds",
         profile_target=", ".join(f"{target:g} nats" for target in goals) or "the final loss of the median cell",
         targets=targets,
+        speedups=study_content.speedup_rows(summary),
+        speedup_note=study_content.speedup_note(summary) if summary.get("data_speedup") else "",
         shown={place for place in STUDY_SECTIONS if not empty.get(place)},
         efficient=any(math.isfinite(row["gain"]) for row in cells),
         first_seed_only=study_interactive.too_many(material),

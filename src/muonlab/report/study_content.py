@@ -195,9 +195,32 @@ def cell_curves(material: Material) -> tuple[str, dict[str, series.Curve]]:
 def target_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What each cell needed to reach each target, the quickest first, with its group."""
     groups = {cell["cell"]: cell["group"] for cell in summary["cells"]}
-    rows = [{**row, "group": groups.get(row["cell"], "")} for row in summary.get("to_target") or ()]
+    rows = [
+        {**row, "group": groups.get(row["cell"], ""), "data_speedup": row.get("data_speedup")}
+        for row in summary.get("to_target") or ()
+    ]
     order = list(dict.fromkeys(row["target"] for row in rows))
     return sorted(rows, key=lambda row: (order.index(row["target"]), series.number(row["updates"]) if row["updates"] is not None else math.inf))  # fmt: skip
+
+
+def speedup_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """D_eff/D by the power law through the reference group's losses, as text; none with fewer than three lengths."""
+    return [
+        {**row, "text": style.short(row["speedup"], 3) if row["speedup"] is not None else "beyond its floor"}
+        for row in (summary.get("data_speedup") or {}).get("rows", ())
+    ]
+
+
+def speedup_note(summary: Mapping[str, Any]) -> str:
+    """What the fitted speed-ups rest on."""
+    found = summary["data_speedup"]
+    law = {key: series.number(value) for key, value in found["law"].items()}
+    return (
+        f"Data that {found['group']} would need for a loss over the data that was used (Wen et al. 2509.02046), by the law "
+        f"{style.short(law['scale'], 3)} · D^−{style.short(law['exponent'], 3)} + {style.loss(law['floor'])} through its best losses "
+        f"at {len(found['lengths'])} lengths of training (root mean square of what is left: {style.loss(law['residual'])} nats). "
+        "Losses outside of those are extrapolated."
+    )
 
 
 def run_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -51,8 +51,8 @@ def runs_csv(material: Material) -> str:
 
 
 def study_tex(summary: Mapping[str, Any]) -> str:
-    """Booktabs tables, to be read with \\input: cells, verdicts, published numbers, good ranges."""
-    tables = [_cells(summary), _contrasts(summary), _published(summary), _ranges(summary)]
+    """Booktabs tables, to be read with \\input: cells, verdicts, published numbers, good ranges, data speed-ups."""
+    tables = [_cells(summary), _contrasts(summary), _published(summary), _ranges(summary), _speedups(summary)]
     return "% needs \\usepackage{booktabs,graphicx}\n" + "\n".join(filter(None, tables))
 
 
@@ -134,6 +134,23 @@ def _ranges(summary: Mapping[str, Any]) -> str:
     return floating(tabular(head, body), caption, "tab:ranges") if body else ""
 
 
+def _speedups(summary: Mapping[str, Any]) -> str:
+    rows = content.speedup_rows(summary)
+    if not rows:
+        return ""
+    body = [
+        [
+            tex(style.clipped(row["group"], 48)),
+            tex(style.count(row["tokens"])),
+            tex(style.loss(row["loss"])),
+            tex(row["text"]),
+        ]
+        for row in rows[:ROWS]
+    ]
+    caption = f"Data speed-up $D_{{\\mathrm{{eff}}}}/D$. {tex(content.speedup_note(summary))}{_more(rows)}"
+    return floating(tabular(["group", "tokens", "loss", "speed-up"], body), caption, "tab:speedups")
+
+
 def _more(rows: Sequence[Any]) -> str:
     return f" {len(rows) - ROWS} more rows are in runs.csv." if len(rows) > ROWS else ""
 
@@ -192,6 +209,9 @@ def study_card(material: Material) -> str:
             lines.append(
                 f"  {line.label}: {line.axis} {low} to {high}, {least}{octaves:.1f} octaves; optimum {optimum(line)}"
             )
+    if speedups := content.speedup_rows(summary):
+        lines += ["", "DATA SPEED-UP (D_eff/D)", content.speedup_note(summary)]
+        lines += [f"  {row['group']}: {row['text']} at {style.count(row['tokens'])} tokens" for row in speedups]
     sections = {
         "WHAT TO TAKE": [(r.kind, f"{r.text}: {r.reason}") for r in recommendations(summary)],
         "PROTOCOL": protocol(material),

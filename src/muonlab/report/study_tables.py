@@ -32,6 +32,9 @@ def study_tables(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield sensitivity_table(lines)
     if targets := content.target_rows(summary):
         yield targets_table(targets)
+    if speedups := content.speedup_rows(summary):
+        yield speedups_table(speedups)
+        yield Text(content.speedup_note(summary))
     problems = [f"{entry['directory']}: {entry['message']}" for entry in summary.get("problems") or ()]
     stale = [f"{name}: belongs to no cell of the study as it is now" for name in summary.get("stale") or ()]
     for text in _first([*problems, *stale]):
@@ -89,13 +92,29 @@ def sensitivity_table(lines: Sequence[study_axes.Sweep]) -> Table:
 def targets_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """What each cell needed to reach each target: the median over seeds."""
     result = new_table(
-        "to a target (median over seeds)", ["cell", "target", "updates", "tokens", "training", "reached"]
+        "to a target (median over seeds)",
+        ["cell", "target", "updates", "tokens", "training", "reached", "data speed-up"],
     )
     for entry in rows[:MOST]:
         cost = [style.count(entry["updates"]), style.count(entry["tokens"]), style.duration(entry["seconds"])]
-        add_row(result, entry["cell"], entry["target"], *(x if x != "–" else "never" for x in cost), entry["reached"])
+        add_row(
+            result,
+            entry["cell"],
+            entry["target"],
+            *(x if x != "–" else "never" for x in cost),
+            entry["reached"],
+            style.short(entry["data_speedup"], 3),
+        )
     if len(rows) > MOST:
-        add_row(result, f"and {len(rows) - MOST} more", *[""] * 5)
+        add_row(result, f"and {len(rows) - MOST} more", *[""] * 6)
+    return result
+
+
+def speedups_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """D_eff/D by a fitted power law, a row for each group and length of training."""
+    result = new_table("data speed-up (D_eff/D, fitted)", ["group", "tokens", "best cell", "loss", "speed-up"])
+    for entry in rows[:MOST]:
+        add_row(result, entry["group"], style.count(entry["tokens"]), entry["cell"], style.loss(entry["loss"]), entry["text"])  # fmt: skip
     return result
 
 

@@ -64,15 +64,10 @@ def _gate(material: Material) -> Iterator[Threat]:
 def _edges(material: Material) -> Iterator[Threat]:
     lines: dict[tuple[str, str], list[str]] = {}
     for line in material.summary.get("sensitivity") or ():
-        ends = [end for end, is_open in (("lowest", line["open_low"]), ("highest", line["open_high"])) if is_open]
-        at_best = [
-            end
-            for end, bound in (("lowest", line["low"]), ("highest", line["high"]))
-            if math.isclose(series.number(line["best"]), series.number(bound)) and end in ends
-        ]
-        if at_best:
+        end = {"low": "lowest", "high": "highest"}.get(line.get("edge"))
+        if end:
             rest = ", ".join(f"{key} {style.label(value)}" for key, value in line["rest"].items())
-            lines.setdefault((line["axis"], at_best[0]), []).append(f"{line['group']}{f' ({rest})' if rest else ''}")
+            lines.setdefault((line["axis"], end), []).append(f"{line['group']}{f' ({rest})' if rest else ''}")
     for (axis, end), names in lines.items():
         yield Threat(
             severity="serious",

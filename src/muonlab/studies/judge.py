@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from muonlab.errors import InputError
-from muonlab.studies.curves import lr_optimum, lr_tolerance, median_to_target, to_target
+from muonlab.studies.curves import edge_of_range, lr_optimum, lr_tolerance, median_to_target, to_target
 from muonlab.studies.records import Records, read_records
+from muonlab.studies.speedup import data_speedups
 from muonlab.studies.statistics import compare_family, noise_floor, t_interval
 from muonlab.training.tracking import write_json
 
@@ -79,6 +80,7 @@ def summarize_study(plan: Mapping[str, Any], records: Records) -> dict[str, Any]
         "group_contrasts": _group_contrasts(plan, cells, losses, tuned),
         "sensitivity": _sensitivity(plan, cells),
         "to_target": _to_targets(plan, cells, records, losses),
+        "data_speedup": data_speedups(plan["reference"], cells),
         "noise_floor": _noise(losses),
         "budget": {
             "runs": len(planned),
@@ -138,7 +140,10 @@ def _run(planned: Mapping[str, Any], record: Mapping[str, Any] | None) -> dict[s
         "best_report_cross_entropy": record["best_report_cross_entropy"],
         **{key: report.get(key) for key in ("bits_per_byte", "perplexity", "accuracy")},
         "seconds": record["seconds"]["training"],
-        **{key: record[key] for key in ("updates", "updates_per_second", "peak_memory_bytes", "spikes", "plateaus")},
+        **{
+            key: record[key]
+            for key in ("updates", "tokens", "updates_per_second", "peak_memory_bytes", "spikes", "plateaus")
+        },
     }
 
 
@@ -219,7 +224,8 @@ def _sensitivity(plan: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) ->
             measured = [(lr, loss) for lr, loss in zip(rates, means, strict=True) if loss is not None]
             if len(measured) < 2 or not any(math.isfinite(loss) for _, loss in measured):
                 continue
-            width = lr_tolerance([lr for lr, _ in measured], [loss for _, loss in measured])
+            tried = ([lr for lr, _ in measured], [loss for _, loss in measured])
+            width = lr_tolerance(*tried)
             near = [pair for pair in measured if abs(math.log2(pair[0] / width.best)) <= NEAR]
             fit = lr_optimum([lr for lr, _ in near], [loss for _, loss in near])
             found.append(
@@ -229,6 +235,7 @@ def _sensitivity(plan: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) ->
                     "axis": name,
                     "rest": json.loads(rest_text),
                     **asdict(width),
+                    "edge": edge_of_range(*tried),
                     "optimum": asdict(fit) if fit else None,
                 }
             )
@@ -238,25 +245,41 @@ def _sensitivity(plan: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) ->
 def _to_targets(
     plan: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], records: Records, losses: Mapping[str, Losses]
 ) -> list[dict[str, Any]]:
-    """Updates, tokens and seconds until each target: those of the file, and seed by seed the reference's final loss."""
+    """Updates, tokens and seconds until each target: those of the file, and seed by seed the reference's final loss.
+
+    `data_speedup`, of the latter alone: the reference's tokens over those that were needed; None where never reached.
+    """
     targets: list[tuple[str, Mapping[int, float] | float]] = [
         (f"{target:g} nats", target) for target in plan["targets"]
     ]
     if plan["reference"] is not None:
         targets.append((f"{plan['reference']}'s final loss", losses[plan["reference"]]))
+    by_name = {cell["cell"]: cell for cell in cells}
+    used = {run["seed"]: run.get("tokens") for run in by_name.get(plan["reference"], {"runs": ()})["runs"]}
     found = []
     for text, target in targets:
         for cell in cells:
-            needed = []
+            needed, ratios = [], []
             for run in cell["runs"]:
                 goal = target if isinstance(target, float | int) else target.get(run["seed"], math.inf)
                 if run["status"] in ("finished", "diverged") and math.isfinite(goal):
                     rows = records.runs[run["directory"]]["evaluations"]
                     needed.append(to_target([row for row in rows if row["split"] == "report"], goal))
+                    if not isinstance(target, float | int) and needed[-1].tokens > 0:
+                        ratios.append(used[run["seed"]] / needed[-1].tokens)
             if needed:
                 middle = median_to_target(needed)
                 reached = f"{sum(math.isfinite(n.updates) for n in needed)} of {len(needed)}"
-                found.append({"cell": cell["cell"], "target": text, **asdict(middle), "reached": reached})
+                speedup = statistics.median(ratios) if ratios else None
+                found.append(
+                    {
+                        "cell": cell["cell"],
+                        "target": text,
+                        **asdict(middle),
+                        "reached": reached,
+                        "data_speedup": speedup or None,
+                    }
+                )
     return found
 
 
@@ -275,12 +298,12 @@ def _flags(summary: Mapping[str, Any]) -> list[str]:
         if run["status"] == "diverged"
     ]
     for line in summary["sensitivity"]:
-        if line["open_low"] or line["open_high"]:
-            end = "lowest" if line["open_low"] else "highest"
-            where = "".join(f", {key} {value}" for key, value in line["rest"].items())
-            flags.append(
-                f"{line['group']}{where}: the good range of {line['axis']} reaches the {end} value tried; it may go on"
-            )
+        where = line["group"] + "".join(f", {key} {value}" for key, value in line["rest"].items())
+        end = "lowest" if line["edge"] == "low" or (not line["edge"] and line["open_low"]) else "highest"
+        if line["edge"]:
+            flags.append(f"{where}: the best {line['axis']} is the {end} tried; a better one may lie beyond")
+        elif line["open_low"] or line["open_high"]:
+            flags.append(f"{where}: the good range of {line['axis']} reaches the {end} value tried; it may go on")
     if len(summary["seeds"]) == 1:
         flags.append("one seed: nothing here has an error bar")
     stuck = [cell for cell, passed in summary["gate"]["passed"].items() if not passed]
