@@ -1,14 +1,19 @@
 """What the figures and the page say, checked on numbers that are known."""
 
+import io
 import json
 import math
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from muonlab.report import content, html, interactive, series, style
 from muonlab.report.differences import differing, routing_rules
+from muonlab.report.exports import experiment_card
+from muonlab.report.html import comparison_page
 from muonlab.report.reading import Material, read_material
+from muonlab.report.tables import comparison_tables
 from muonlab.report.threats import threats
 from muonlab.training.config import flat
 
@@ -267,3 +272,33 @@ def test_options_in_a_remedy_are_code_and_the_rest_is_escaped():
 def test_the_templates_are_part_of_the_package():
     folder = Path(html.__file__).parent / "templates"
     assert {path.name for path in folder.iterdir()} >= {"comparison.html.j2", "style.css", "page.js"}
+
+
+def test_stopped_trials_looks_and_the_noise_floor_stand_in_page_card_and_terminal(comparison):
+    short = {"optimizer": "muon", "stage": "rung", "updates": 25, "status": "finished", "tune_cross_entropy": 4.321, "seconds": 3.0, "directory": "trials/short"}  # fmt: skip
+    stopped = [{**short, "values": {"lr": 0.01}}, {**short, "updates": 50, "values": {"lr": 0.02, "momentum": 0.9}}]
+    looks = [{"trials": 5, "seeds": 2, "verdicts": {}}, {"trials": 5, "seeds": 3, "verdicts": {}}]
+    noise = {"spread": 0.0123, "degrees": 4, "difference": 0.0456}
+    material = changed(comparison, stopped_early=stopped, looks=looks, noise=noise)
+    console = Console(file=io.StringIO(), width=200)
+    for part in comparison_tables(material.summary):
+        console.print(part)
+    terms = dict(content.protocol(material))
+    for text in (comparison_page(material), experiment_card(material), console.file.getvalue()):
+        for term in ("Stopped early", "Looks", "Noise floor"):
+            assert " ".join(terms[term].split()) in " ".join(text.split())
+    assert "1 after 25 updates, 1 after 50 updates" in terms["Stopped early"]
+    assert "5 trials and 2 seeds, then 5 trials and 3 seeds" in terms["Looks"]
+    assert "by 0.0123 nats" in terms["Noise floor"]
+    assert "0.0456 apart" in terms["Noise floor"]
+    assert [row["updates"] for row in content.stopped_rows(material.summary)] == [50, 25]
+    assert "trials/short" in comparison_page(material)
+    assert titles(material)["Extended after a verdict was seen"].severity == "serious"
+
+
+def test_one_look_is_said_and_no_threat(comparison):
+    material = changed(comparison, looks=[{"trials": 5, "seeds": 3, "verdicts": {}}])
+    assert dict(content.protocol(material))["Looks"].startswith("one")
+    assert "Extended after a verdict was seen" not in titles(material)
+    for term in ("Stopped early", "Noise floor"):
+        assert term not in dict(content.protocol(material))

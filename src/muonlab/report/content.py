@@ -188,6 +188,9 @@ def protocol(material: Material) -> list[tuple[str, str]]:
         ("Length of every run", f"{style.count(budget['updates'])} updates of {style.count(budget.get('tokens_per_update'))} tokens, {style.count(tokens)} tokens in all; tuning and judging happen at the same length."),
         ("Judged on", "the report split, which no choice has seen: next-token cross-entropy at the end of training, whatever was optimised."),
         ("Verdict", "better or worse if the confidence interval of the mean paired difference (Student’s t) excludes zero, otherwise not distinguishable."),
+        ("Stopped early", stopped_text(summary)),
+        ("Looks", looks_text(summary)),
+        ("Noise floor", noise_text(summary.get("noise"), "optimizers")),
         ("Time", "training seconds without evaluation, compilation and logging."),
     ]  # fmt: skip
     spent = budget.get("spent") or {}
@@ -207,21 +210,58 @@ def protocol(material: Material) -> list[tuple[str, str]]:
     return [term for term in terms if term[1] not in ("", "–")]
 
 
+def noise_text(floor: Mapping[str, Any] | None, pooled: str) -> str:
+    """How far runs lie apart by chance alone, in words; empty where nothing was repeated."""
+    spread, apart = (series.number((floor or {}).get(key)) for key in ("spread", "difference"))
+    if not math.isfinite(spread):
+        return ""
+    return f"runs that differ in nothing but the seed scatter by {style.loss(spread)} nats (standard deviation, pooled over {pooled}); two of them lie more than {style.loss(apart)} apart in 1 of 20 cases."
+
+
+def looks_text(summary: Mapping[str, Any]) -> str:
+    """How often a verdict was seen before this one; empty where that was not recorded."""
+    looks = summary.get("looks") or ()
+    if len(looks) < 2:
+        return "one: the verdict was made once, with the budget that was set before." if looks else ""
+    steps = ", then ".join(f"{look['trials']} trials and {look['seeds']} seeds" for look in looks)
+    return f"{len(looks)}: verdicts were made with {steps}."
+
+
+def stopped_text(summary: Mapping[str, Any]) -> str:
+    """How many shorter trials a search made to choose those of full length; empty without any."""
+    lengths = sorted({entry["updates"] for entry in summary.get("stopped_early") or ()})
+    if not lengths:
+        return ""
+    counts = [
+        f"{sum(e['updates'] == n for e in summary['stopped_early'])} after {style.count(n)} updates" for n in lengths
+    ]
+    return f"trials that the search did not take to full length: {', '.join(counts)}. Their losses only chose which went on."
+
+
 def trial_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The tuning trials as rows: optimizer, stage, values, loss, status."""
+    """The tuning trials of full length as rows: optimizer, stage, values, loss, status."""
     choice = summary.get("chosen") or {}
     return [
-        {
-            **entry,
-            "message": entry.get("message"),
-            "seconds": entry.get("seconds"),
-            "loss": series.number(entry.get("tune_cross_entropy")),
-            "lr": (entry.get("values") or {}).get("lr"),
-            "others": {key: value for key, value in (entry.get("values") or {}).items() if key != "lr"},
-            "chosen": (choice.get(entry["optimizer"]) or {}).get("trial") == entry["index"],
-        }
+        {**_trial(entry), "chosen": (choice.get(entry["optimizer"]) or {}).get("trial") == entry["index"]}
         for entry in summary.get("trials", ())
     ]
+
+
+def stopped_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The shorter trials of a search as rows, the shortest last."""
+    return sorted(map(_trial, summary.get("stopped_early") or ()), key=lambda row: -row["updates"])
+
+
+def _trial(entry: Mapping[str, Any]) -> dict[str, Any]:
+    values = entry.get("values") or {}
+    return {
+        **entry,
+        "message": entry.get("message"),
+        "seconds": entry.get("seconds"),
+        "loss": series.number(entry.get("tune_cross_entropy")),
+        "lr": values.get("lr"),
+        "others": {key: value for key, value in values.items() if key != "lr"},
+    }
 
 
 def final_rows(material: Material) -> list[dict[str, Any]]:

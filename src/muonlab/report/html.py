@@ -58,6 +58,7 @@ def comparison_page(material: Material) -> str:
         efficiency=[row for name in names if (row := content.efficiency(material, name))],
         rates=[rate for name in names if (rate := content.learning_rates(summary, name))],
         trial_rows=content.trial_rows(summary),
+        stopped_rows=content.stopped_rows(summary),
         final_rows=content.final_rows(material),
         differences=content.differences(material),
         routing=content.routing(material),

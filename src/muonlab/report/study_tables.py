@@ -8,6 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from muonlab.report import content as general
 from muonlab.report import series, study_axes, style
 from muonlab.report import study_content as content
 from muonlab.report.study_text import memory, recommendations
@@ -41,6 +42,8 @@ def study_tables(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield Text(f"! {text}", style="red")
     for text in _first(list(summary.get("flags") or ())):
         yield Text(f"! {text}", style="yellow")
+    if noise := general.noise_text(summary.get("noise_floor"), "cells"):
+        yield Text(f"noise floor: {noise}")
     for entry in recommendations(summary):
         yield Text(f"{entry.kind}: {entry.text}: {entry.reason}")
     for answer in content.answers(summary):

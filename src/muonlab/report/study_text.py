@@ -46,19 +46,11 @@ def protocol(material: Material) -> list[tuple[str, str]]:
         ("Judged on", "the report split: next-token cross-entropy at the end of training, mean over seeds, whatever was optimised. Intervals are Student’s, 95 %."),
         ("Against the reference", f"each cell against {summary['reference']}, paired by seed, p-values corrected for their number (Holm)." if summary.get("reference") else "no cell was named: cells are ranked, not judged."),
         ("Best against best", "a group’s cell is chosen by the first seed on the tune split and judged by the other seeds on the report split." if summary.get("group_contrasts") else ""),
-        ("Noise floor", _noise(summary)),
+        ("Noise floor", content.noise_text(summary.get("noise_floor"), "cells")),
         ("Budget", f"{budget.get('finished', 0)} of {budget.get('runs', 0)} runs finished: {style.count(budget.get('updates'))} updates, {style.count(budget.get('tokens'))} tokens, {style.duration(budget.get('training_seconds'))} of training in all."),
         ("Time", "training seconds without evaluation, compilation and logging."),
     ]  # fmt: skip
     return [(term, text) for term, text in rows if text]
-
-
-def _noise(summary: Mapping[str, Any]) -> str:
-    floor = summary.get("noise_floor") or {}
-    spread, apart = series.number(floor.get("spread")), series.number(floor.get("difference"))
-    if not math.isfinite(spread):
-        return ""
-    return f"runs that differ in nothing but the seed scatter by {style.loss(spread)} nats (standard deviation, pooled over cells); two of them lie more than {style.loss(apart)} apart in 1 of 20 cases."
 
 
 def setting(material: Material) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from muonlab.errors import InputError
-from muonlab.report import series, style
+from muonlab.report import content, series, style
 from muonlab.report.differences import differing
 from muonlab.training.tracking import read_run
 
@@ -24,6 +24,14 @@ def comparison_tables(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield finals_table(summary)
     if summary.get("to_target"):
         yield targets_table(summary)
+    notes = {
+        "stopped early": content.stopped_text(summary),
+        "looks": content.looks_text(summary),
+        "noise floor": content.noise_text(summary.get("noise"), "optimizers"),
+    }
+    for term, text in notes.items():
+        if text:
+            yield Text(f"{term}: {text}")
     for flag in summary.get("flags", ()):
         yield Text(f"! {flag}", style="yellow")
     for verdict in summary.get("verdicts", ()):

@@ -24,7 +24,7 @@ class Threat:
 
 def threats(material: Material) -> list[Threat]:
     """All threats to a comparison that the data show, serious ones first."""
-    checks = (_gate, _seeds, _edges, _failures, _budgets, _families)
+    checks = (_gate, _seeds, _edges, _looks, _failures, _budgets, _families)
     return serious_first([*(threat for check in checks for threat in check(material)), *run_threats(material)])
 
 
@@ -92,6 +92,17 @@ def _edges(material: Material) -> Iterator[Threat]:
             title=f"Best {knob} at the edge of its range",
             text=f"{_names(names)}: the chosen {knob} is the lowest or highest that was tried, so a better one may lie outside.",
             remedy="Give every optimizer more trials (--trials): the search goes beyond, within the same budget for all.",
+        )
+
+
+def _looks(material: Material) -> Iterator[Threat]:
+    looks = material.summary.get("looks") or ()
+    if len(looks) > 1:
+        yield Threat(
+            severity="serious",
+            title="Extended after a verdict was seen",
+            text=f"This is the verdict of look {len(looks)}. Who goes on until a verdict is liked calls equal optimizers different up to {len(looks)} times as often as one look does.",
+            remedy="Set the number of trials and seeds before the first verdict, or repeat the comparison with other seeds.",
         )
 
 
