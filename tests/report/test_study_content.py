@@ -107,7 +107,15 @@ def test_without_a_reference_cells_are_ranked_not_judged():
 
 def test_published_numbers_stand_beside_ours_and_differ_only_where_they_apply():
     summary = study(
-        cell("a", 4.1, 4.3, rank=2, published={"loss": 4.0, "minutes": 2.0}, applies=True),
+        cell(
+            "a",
+            4.1,
+            4.3,
+            rank=2,
+            published={"loss": 4.0, "best_loss": 3.9, "minutes": 2.0},
+            applies=True,
+            best_report_cross_entropy=3.8,
+        ),
         cell("b", 4.0, 4.0, rank=1, published={"loss": 5.0}, applies=False),
         cell("c", 4.0, 4.0, rank=3),
     )
@@ -115,6 +123,7 @@ def test_published_numbers_stand_beside_ours_and_differ_only_where_they_apply():
     assert (first["cell"], first["published_rank"], first["our_rank"]) == ("a", 1, 2)
     assert first["difference"] == pytest.approx(0.2)
     assert first["minutes"] == pytest.approx(1.0)
+    assert (first["published"]["best_loss"], first["best_loss"]) == (3.9, 3.8)
     assert math.isnan(second["difference"])
     assert "another version" in study_content.published_note(summary)
     assert "scale micro" in study_content.published_note({**summary, "scale": "micro"})

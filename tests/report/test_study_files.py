@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import statistics
 import struct
 import subprocess
 from html.parser import HTMLParser
@@ -102,12 +103,16 @@ def test_the_page_fetches_nothing_and_names_no_place_twice(study, grid):
 
 def test_published_and_ours_stand_in_one_row_with_their_difference(study):
     summary = json.loads((study / "comparison_summary.json").read_text())
-    mean = next(cell["mean"] for cell in summary["cells"] if cell["cell"] == "muon_baseline")
+    muon = next(cell for cell in summary["cells"] if cell["cell"] == "muon_baseline")
+    mean, best = muon["mean"], statistics.fmean(run["best_report_cross_entropy"] for run in muon["runs"])
     row = re.search(r'id="published".*?<tr [^>]*data-cell="muon_baseline">(.*?)</tr>', (study / "report.html").read_text(), re.DOTALL).group(1)  # fmt: skip
     cells = [re.sub(r"<[^>]+>", "", cell).strip() for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)]
     assert cells[0] == "3.6100"
     assert cells[2].startswith(f"{mean:.4f} ± ")
     assert cells[4].replace("−", "-") == f"{mean - 3.61:+.4f}"
+    assert cells[5:7] == ["3.5900", f"{best:.4f}"]
+    assert f"best over the run 3.5900 and {best:.4f}" in (study / "EXPERIMENT_CARD.txt").read_text()
+    assert f"& 3.5900 & {best:.4f}" in (study / "tables.tex").read_text()
 
 
 def test_every_run_and_every_evaluation_is_a_row(grid):
@@ -301,5 +306,5 @@ def test_the_terminal_shows_every_part(study, grid, capsys):
     print_study(study)
     print_study(grid)
     out = " ".join(capsys.readouterr().out.split())
-    for needed in ("muon is better than adamw", "published beside ours", "never", "octaves", "primary: muon_baseline", "adam_high: seed 2 diverged"):  # fmt: skip
+    for needed in ("muon is better than adamw", "published beside ours", "never", "octaves", "primary: muon_baseline", "adam_high: seed 2 diverged", "noise floor: runs that differ"):  # fmt: skip
         assert needed in out, needed

@@ -279,7 +279,12 @@ def test_suites_of_seed_001_hold_its_tables():
         "adam_optimal_wd_0.05": 5.8084,
         "adam_linear_decay": 5.8106,
     }
-    assert adam["adam_constant_lr_optimal"] == {"loss": 5.5477, "accuracy": 0.2212, "minutes": 1.80}
+    assert adam["adam_constant_lr_optimal"] == {
+        "loss": 5.5477,
+        "best_loss": 5.5477,
+        "accuracy": 0.2212,
+        "minutes": 1.80,
+    }
     # column "Final Loss" of the suite of 15
     suite = {entry.name: entry.published for entry in read_study("exp9-optimal").cells}
     assert {name: numbers["loss"] for name, numbers in suite.items()} == {
@@ -299,7 +304,7 @@ def test_suites_of_seed_001_hold_its_tables():
         "muon_step_decay": 5.2518,
         "adam_baseline": 5.7517,
     }
-    assert suite["muon_optimal_ns10"] == {"loss": 5.2021, "accuracy": 0.2539, "minutes": 2.10}
+    assert suite["muon_optimal_ns10"] == {"loss": 5.2021, "best_loss": 5.1779, "accuracy": 0.2539, "minutes": 2.10}
     momentum = {entry.values["momentum"]: entry.published for entry in read_study("exp9-momentum").cells}
     assert momentum[0.9] == {"loss": 5.1930, "accuracy": 0.2559, "minutes": 2.00}
     assert (momentum[0.97]["loss"], momentum[0.99]["loss"]) == (5.2865, 5.3544)
@@ -460,6 +465,18 @@ def test_attention_variants_are_the_same_under_both_optimizers():
         own = [entry.config.model for entry in study.cells if entry.group == optimizer]
         forms[optimizer] = [(model.qk_norm, model.n_kv_heads) for model in own]
     assert forms["muon"] == forms["adamw"] == [(False, None), (True, None), (False, 2), (False, 1), (True, 2)]
+
+
+def test_a_best_loss_is_given_where_the_seed_states_one_and_is_at_most_the_final_one():
+    given = {}
+    for name in SEED_001:
+        for one in read_study(name).cells:
+            if one.published and "best_loss" in one.published:
+                given.setdefault(name, []).append(one)
+                assert one.published["best_loss"] <= one.published["loss"]
+    counts = {name: len(cells) for name, cells in given.items()}
+    assert counts == {"exp9": 2, "exp9-adam-lr": 11, "exp9-adam-suite": 7, "exp9-momentum": 3, "exp9-muon-lr": 7, "exp9-optimal": 15}  # fmt: skip
+    assert cell(read_study("exp9-optimal"), "muon_momentum_0.85").published["best_loss"] == 5.158
 
 
 def test_published_numbers_belong_to_the_version_that_does_what_the_source_did():

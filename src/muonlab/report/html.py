@@ -84,7 +84,13 @@ STUDY_SECTIONS = {
     "configuration": "Configuration",
     "reproduce": "Reproduce",
 }
-PUBLISHED = {"accuracy": "accuracy", "perplexity": "perplexity", "minutes": "minutes", "memory_gb": "memory, GB"}
+PUBLISHED = {
+    "best_loss": "best over the run",
+    "accuracy": "accuracy",
+    "perplexity": "perplexity",
+    "minutes": "minutes",
+    "memory_gb": "memory, GB",
+}
 
 
 def study_page(material: Material) -> str:

@@ -52,6 +52,7 @@ def cell_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "sd": series.number(cell.get("sd")),
                 "half": (high - low) / 2,
                 "interval": (low, high),
+                "best_loss": mean(done, "best_report_cross_entropy"),
                 "losses": [series.number(run.get("report_cross_entropy")) for run in done],
                 "finished": len(done),
                 "seeds": len(cell["runs"]),

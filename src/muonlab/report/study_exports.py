@@ -106,13 +106,13 @@ def _published(summary: Mapping[str, Any]) -> str:
             tex(style.loss(row["published"].get("loss"))),
             tex(style.loss(row["loss"])) + (rf" $\pm$ {style.loss(row['half'])}" if math.isfinite(row["half"]) else ""),
             f"${signed_tex(row['difference'])}$" if row["applies"] and math.isfinite(row["difference"]) else "--",
+            *(tex(style.loss(number)) for number in (row["published"].get("best_loss"), row["best_loss"])),
         ]
         for row in rows[:ROWS]
     ]
-    caption = f"Published beside ours. {tex(content.published_note(summary))}{_more(rows)}"
-    return (
-        floating(tabular(["cell", "published", "ours", "difference"], body), caption, "tab:published") if body else ""
-    )
+    head = ["cell", "published", "ours", "difference", "best, published", "ours"]
+    caption = f"Published beside ours; best: over the run. {tex(content.published_note(summary))}{_more(rows)}"
+    return floating(tabular(head, body), caption, "tab:published") if body else ""
 
 
 def _ranges(summary: Mapping[str, Any]) -> str:
@@ -199,6 +199,11 @@ def study_card(material: Material) -> str:
         lines += [
             f"  {row['cell']}: {style.loss(row['published'].get('loss'))} published, {style.loss(row['loss'])} ours"
             + (f", difference {style.signed(row['difference'])}" if math.isfinite(row["difference"]) else "")
+            + (
+                f"; best over the run {style.loss(row['published']['best_loss'])} and {style.loss(row['best_loss'])}"
+                if "best_loss" in row["published"]
+                else ""
+            )
             for row in published
         ]
     if ranges := [line for line in study_axes.sweeps(summary) if line.found]:

@@ -74,12 +74,13 @@ def cells_table(summary: Mapping[str, Any]) -> Table:
 
 def published_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The source's numbers beside ours."""
-    result = new_table("published beside ours", ["cell", "published", "rank", "ours", "rank", "ours − published"])
+    result = new_table("published beside ours", ["cell", "published", "rank", "ours", "rank", "ours − published", "best, published", "ours"])  # fmt: skip
     for entry in rows[:MOST]:
         ours = style.loss(entry["loss"]) + (f" ± {style.loss(entry['half'])}" if math.isfinite(entry["half"]) else "")
         published = style.loss(entry["published"].get("loss"))
         ranks = [str(entry[key] or "–") for key in ("published_rank", "our_rank")]
-        add_row(result, entry["cell"], published, ranks[0], ours, ranks[1], style.signed(entry["difference"]))
+        best = [style.loss(entry["published"].get("best_loss")), style.loss(entry["best_loss"])]
+        add_row(result, entry["cell"], published, ranks[0], ours, ranks[1], style.signed(entry["difference"]), *best)
     return result
 
 

@@ -23,7 +23,9 @@ class Published(Table):
     """Numbers that the source states for a cell."""
 
     loss: float | None = None
-    """Held-out cross-entropy in nats per token."""
+    """Held-out cross-entropy in nats per token, at the end of training."""
+    best_loss: float | None = None
+    """The lowest held-out cross-entropy of the run."""
     accuracy: float | None = None
     """Next-token accuracy, 0 to 1."""
     perplexity: float | None = None
