@@ -139,14 +139,17 @@ def test_no_tensor_of_logits_is_larger_than_asked(rows: int) -> None:
     assert rows * 301 * 4 / 2 <= seen.bytes <= chunk_bytes
 
 
-def test_compiled_primitives_keep_their_gradients() -> None:
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize("chunk_bytes", [8 * V * 7, 8 * V * N])
+def test_a_compiled_head_is_one_graph_and_keeps_its_gradients(chunk_bytes: int, equal: bool) -> None:
     """torch.compile inlines a custom function under vmap and drops its backward; plainly compiled, all must stay exact."""
     h, weight, targets = problem()
 
     def f(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        stats = head_stats(h, weight, targets, 8 * V * 7)
+        stats = head_stats(h, weight, targets, chunk_bytes, equal)
         return (stats.lse * 3 - stats.target_logit * stats.mean_logit).sum()
 
+    torch._dynamo.reset()
     target, lse, mean, _ = plain(h, weight, targets)
     exact = torch.autograd.grad((lse * 3 - target * mean).sum(), [h, weight])
     compiled = torch.autograd.grad(torch.compile(f, backend="aot_eager", fullgraph=True)(h, weight), [h, weight])

@@ -113,20 +113,19 @@ class _Head(torch.autograd.Function):
         found = []
         for part in chunks:
             if fused:
-                p, *stats = softmax_rows(h[part] @ weight.T, targets[part])
+                p, target_logit, lse, correct = softmax_rows(h[part] @ weight.T, targets[part])
             else:
-                p, *stats = _softmax(_matmul(h[part], weight.T), targets[part])
+                p, target_logit, lse, correct = _softmax(_matmul(h[part], weight.T), targets[part])
+            expected = kept.clone()
             if ahead:
                 low = p.to(h.dtype)
-                stats.append(_matmul(low, weight))
+                expected = _matmul(low, weight)
                 product = _matmul(low.T, h[part]) if product is None else _add_product(product, low, h[part])
                 del low
-            else:
-                stats.append(kept.clone())
-                if len(chunks) == 1:
-                    kept = p
+            elif len(chunks) == 1:
+                kept = p
             del p  # before the next chunk's is made
-            found.append(stats)
+            found.append((target_logit, lse, correct, expected))
         target_logit, lse, correct, expected = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*found))
         return target_logit, lse, correct, kept, expected, kept.clone() if product is None else product
 
@@ -219,8 +218,8 @@ def narrow_head(h: Tensor, weight: Tensor, targets: Tensor, chunk_bytes: int) ->
         return kernels.forward(h, weight, targets)  # type: ignore[no-any-return]
     found = []
     for part in _chunks(h.shape[0], weight.shape[0], torch.float32, chunk_bytes // 2):
-        p, *stats = _softmax(_matmul(h[part], weight.T), targets[part])
-        found.append((*stats, _matmul(p.to(h.dtype), weight)))
+        p, target_logit, lse, correct = _softmax(_matmul(h[part], weight.T), targets[part])
+        found.append((target_logit, lse, correct, _matmul(p.to(h.dtype), weight)))
     target_logit, lse, correct, expected = (torch.cat(values) for values in zip(*found))
     return target_logit, lse, correct, expected
 
@@ -262,7 +261,9 @@ def _is_narrow(h: Tensor) -> bool:
 def _kernels(device: torch.device) -> types.ModuleType | None:
     """The Triton kernels where they compile and agree with torch, else None; what a compiler got wrong must not train a
     model in silence."""
-    if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return None
     try:
         from muonlab.models import head_kernels
