@@ -74,12 +74,14 @@ def cells_table(summary: Mapping[str, Any]) -> Table:
 
 def published_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The source's numbers beside ours."""
-    result = new_table("published beside ours", ["cell", "published", "rank", "ours", "rank", "ours − published", "best, published", "ours"])  # fmt: skip
+    has_best = any("best_loss" in entry["published"] for entry in rows)
+    columns = ["cell", "published", "rank", "ours", "rank", "ours − published"]
+    result = new_table("published beside ours", columns + ["best, published", "best, ours"] * has_best)
     for entry in rows[:MOST]:
         ours = style.loss(entry["loss"]) + (f" ± {style.loss(entry['half'])}" if math.isfinite(entry["half"]) else "")
         published = style.loss(entry["published"].get("loss"))
         ranks = [str(entry[key] or "–") for key in ("published_rank", "our_rank")]
-        best = [style.loss(entry["published"].get("best_loss")), style.loss(entry["best_loss"])]
+        best = [style.loss(entry["published"].get("best_loss")), style.loss(entry["best_loss"])] * has_best
         add_row(result, entry["cell"], published, ranks[0], ours, ranks[1], style.signed(entry["difference"]), *best)
     return result
 
