@@ -10,6 +10,7 @@ from muonlab.models import Transformer
 from muonlab.optim.registry import build_optimizer
 from muonlab.studies.format import library, read_file
 from muonlab.studies.study import Cell, Study, read_study
+from muonlab.training.config import optimizer_name, with_vocabulary
 
 CELLS = {
     # seed 000: 3 optimizers x 3 losses, and AdamW
@@ -484,3 +485,20 @@ def test_published_numbers_belong_to_the_version_that_does_what_the_source_did()
         assert read_study(name, version="as-published").published_applies
         assert not read_study(name, version="corrected").published_applies
         assert not read_study(name, version="as-published", scale="micro").published_applies
+
+
+@pytest.mark.parametrize(
+    "name", ["exp9", "exp9-defaults", "exp9-momentum", "exp9-muon-lr", "exp9-optimal", "grid18", "losses"]
+)
+@pytest.mark.parametrize("scale", ["full", "micro"])
+def test_as_published_query_key_and_value_are_one_matrix_and_corrected_three(name, scale):
+    views = {}
+    for version in ("as-published", "corrected"):
+        study = read_study(name, version=version, scale=scale)
+        config = next(entry.config for entry in study.cells if optimizer_name(entry.config.optimizer) == "muon")
+        with torch.device("meta"):
+            model = Transformer(with_vocabulary(config).model)
+        rows = build_optimizer(model, config.optimizer).routing().rows
+        views[version] = {row["view"] for row in rows if row["name"].endswith("qkv.weight")}
+    assert views["as-published"] == {"matrix"}
+    assert all("split" in view for view in views["corrected"])

@@ -34,7 +34,7 @@ class Override:
     weight_decay: float | None = None
     """Its own weight decay."""
     split: tuple[int, ...] | None = None
-    """Sizes of fused projections along `axis`: each is a matrix of its own."""
+    """Sizes of fused projections along `axis`: each is a matrix of its own; () for one whole matrix."""
     head_dim: int | None = None
     """Rows (or columns, see `axis`) of an attention head: each head is a matrix of its own, after `split`."""
     axis: Literal[0, 1] = 0

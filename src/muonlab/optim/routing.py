@@ -102,7 +102,8 @@ def overridden(entry: Route, override: Override) -> Route:
     view = entry.view
     if override.split is not None:  # in place of the split that routing found
         view = tuple(operation for operation in view if operation[0] not in ("split", "interleaved"))
-        view = (*view, ("split", override.axis, tuple(override.split)))
+        if override.split:
+            view = (*view, ("split", override.axis, tuple(override.split)))
     if override.head_dim is not None:
         view = (*view, ("heads", override.axis, override.head_dim))
     view = (*view, *override.view)
