@@ -100,15 +100,17 @@ class HybridOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [(group, [param for param in group["params"] if param.grad is not None]) for group in self.param_groups]
-        self._refuse_sparse(work)
-        keep = _all_finite(work) if any(group["skip_nonfinite"] for group, _ in work) else None
-        work = kernels.step(self, work, self._state, keep)
-        for group, params in work:
-            if params and group["rule"] == "muon":
-                self._step_matrices(group, params, keep)
-            elif params:
-                self._step_entries(group, params, keep)
+        groups = self.param_groups
+        keep = None
+        if not kernels.replay(self):
+            work = [(group, [param for param in group["params"] if param.grad is not None]) for group in groups]
+            self._refuse_sparse(work)
+            keep = _all_finite(work) if any(group["skip_nonfinite"] for group in groups) else None
+            for group, params in kernels.step(self, work, self._state, keep):
+                if params and group["rule"] == "muon":
+                    self._step_matrices(group, params, keep)
+                elif params:
+                    self._step_entries(group, params, keep)
         if self._qk_clip is not None:
             clip_attention_(self._attention, self._qk_clip, keep)
         return loss

@@ -58,6 +58,18 @@ class _Plans:
         self.refused: str | None = None
 
 
+def replay(optimizer: torch.optim.Optimizer) -> bool:
+    """Makes the whole update if there is a plan for all of it that still holds; what most steps need, and nothing more."""
+    plans = _plans.get(optimizer)
+    if plans is None or plans.current is None or torch.compiler.is_compiling():
+        return False
+    groups = optimizer.param_groups
+    gradients = plans.current.gradients(groups, optimizer.state)
+    if gradients is None or not any(gradients) or any(group["skip_nonfinite"] for group in groups):
+        return False
+    return bool(plans.current.run(gradients))
+
+
 def step(optimizer: torch.optim.Optimizer, work: Work, state: State, keep: Tensor | None = None) -> Work:
     """Updates what the kernels cover; returns the groups that are left for the plain path, with their parameters.
 

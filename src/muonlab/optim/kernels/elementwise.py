@@ -12,6 +12,8 @@ is absent: its tensor is left alone. All arithmetic is fp32.
 import triton
 import triton.language as tl
 
+from muonlab.optim.kernels.succession import follow
+
 CHUNK = 2048
 """Entries that a program handles at a time."""
 RESIDENT = 0
@@ -149,8 +151,10 @@ def norm_kernel(
     scale,  # fp32 [matrices]: what the cast matrix is to be multiplied by to have norm 1
     first,
     SIZE: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):
     """The norm of every matrix; whether the cast kept its precision; the multiplier for the next update."""
+    follow(EARLY)
     matrix = first + tl.program_id(0)
     start = tl.load(starts + matrix)
     end = tl.load(starts + matrix + 1)
@@ -207,9 +211,11 @@ def settle_kernel(
     FLAT: tl.constexpr,
     ALIGN: tl.constexpr,
     SIZE: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):
     """What could only be decided with the whole matrix in view: momentum where a chunk had no gradient, and a second cast
     where the norm has changed too much since the last update. Most matrices need neither and return at once."""
+    follow(EARLY)
     matrix = first + tl.program_id(0)
     again = tl.load(redo + matrix)
     finish = (tl.load(late + matrix) != 0) & SKIP_IDLE
@@ -251,11 +257,13 @@ def apply_kernel(
     FLAT: tl.constexpr,
     ALIGN: tl.constexpr,
     SIZE: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):
     """param -= lr * weight_decay * param + lr * factor * update, in place.
 
     CAUTIOUS: entries that the update pushes away from zero are not decayed.
     """
+    follow(EARLY)
     for program in range(first + tl.program_id(0), last, tl.num_programs(0)):
         matrix = tl.load(chunks + 2 * program)
         chunk = tl.load(chunks + 2 * program + 1)
@@ -307,8 +315,10 @@ def adamw_kernel(
     CAUTIOUS: tl.constexpr,
     ALIGN: tl.constexpr,
     SIZE: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):
     """AdamW with decoupled decay and bias correction (https://arxiv.org/abs/1711.05101) on dense tensors, in place."""
+    follow(EARLY)
     program = first + tl.program_id(0)
     owner = tl.load(chunks + 2 * program)
     offsets = tl.load(chunks + 2 * program + 1).to(tl.int64) * SIZE + tl.arange(0, SIZE)

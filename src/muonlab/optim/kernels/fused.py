@@ -5,17 +5,20 @@ step to step: their addresses go to the device in one small asynchronous copy, a
 and the same graph is replayed. A parameter without a gradient has address 0 and is left alone.
 """
 
+import gc
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from muonlab.optim.kernels import State, Unsupported, elementwise, iteration, tables
+from muonlab.optim.kernels import State, Unsupported, elementwise, iteration, succession, tables
 from muonlab.optim.kernels.tables import Launch, Matrix, Slice
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -24,6 +27,8 @@ _WARPS = 8
 _CAPTURES = 8
 # Rounding gives errors of about 0.002 and 0.02 on random matrices, up to ten times as much on small square ones.
 _TOLERANCE = {torch.float16: 0.1, torch.bfloat16: 0.5}
+_data_ptr, _stride = Tensor.data_ptr, Tensor.stride
+_get: Callable[[Any, Any], Any] = dict.get
 _STATE = {"muon": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 
 
@@ -42,27 +47,36 @@ class FusedStep:
     def __init__(self, groups: list[dict[str, Any]], states: Mapping[Tensor, Any], make: State) -> None:
         self._groups, self._states = groups, states
         self._params = [list(group["params"]) for group in groups]
-        self._signature = _signature(groups)
+        self._signatures = [_Signature(group) for group in groups]
         self._members = [_look(param, group, make) for group in groups for param in group["params"]]
+        self._places = _Places(self._members)
         self._device = self._members[0].param.device
         self._graph: torch.cuda.CUDAGraph | None = None
         self._gradients_now: list[int] | None = None
         self._hyper_now: list[float] | None = None
-        # Launches of a lane follow each other; lanes run beside each other.
+        # Launches of a lane follow each other; lanes run beside each other. They must not refer to the plan: a cycle would
+        # leave its graph to the garbage collector, which may run while another graph is captured and spoil that.
         self._lanes: list[list[Callable[[], object]]] = [[] for _ in range(tables.LANES)]
 
-        # Addresses of everything but the gradients, which may be others at every step.
-        self._fixed = torch.tensor([member.addresses() for member in self._members])
-        self._pointers = self._zeros(*self._fixed.shape, dtype=torch.int64)
-        self._hyper = self._zeros(len(groups), elementwise.HYPER.value)
+        # Addresses, and behind them the hyper-parameters: what may be new at a step goes to the device in one copy.
+        addresses = torch.tensor([member.addresses() for member in self._members])
+        count, width = addresses.numel(), elementwise.HYPER.value
+        self._host = torch.zeros(count + len(groups) * width // 2, dtype=torch.int64)
+        self._host[:count] = addresses.flatten()
+        self._host_gradients = self._host[:count].view(addresses.shape)[:, elementwise.GRAD.value]
+        self._host_hyper = self._host[count:].view(torch.float32)
+        self._moving = self._zeros(len(self._host), dtype=torch.int64)
+        self._pointers = self._moving[:count].view(addresses.shape)
+        self._hyper = self._moving[count:].view(torch.float32).view(len(groups), width)
         cuda = self._device.type == "cuda"
-        self._spare = [torch.empty(self._fixed.shape, dtype=torch.int64, pin_memory=cuda) for _ in range(_CAPTURES)]
+        self._spare = [torch.empty(addresses.shape, dtype=torch.int64, pin_memory=cuda) for _ in range(_CAPTURES)]
         self._captured: list[tuple[list[int], Tensor]] = []
         self._streams: list[Any] = []
         self._processors = 1
         if cuda:
             self._processors = torch.cuda.get_device_properties(self._device).multi_processor_count
-            self._streams = [torch.cuda.Stream(self._device) for _ in self._lanes[1:]]  # type: ignore[no-untyped-call]
+            # One more than needed: streams come from a pool, and one of these may be the one that is current.
+            self._streams = [torch.cuda.Stream(self._device) for _ in self._lanes]  # type: ignore[no-untyped-call]
         try:
             self._plan_matrices()
             self._plan_entries()
@@ -80,28 +94,14 @@ class FusedStep:
 
         Runs at every step, so it compares what is cheap to compare: identities, addresses, strides.
         """
-        if states is not self._states or len(groups) != len(self._groups) or _signature(groups) != self._signature:
+        if states is not self._states or len(groups) != len(self._groups):
             return None
-        for group, own, params in zip(groups, self._groups, self._params):
-            if group is not own:
+        for group, own, params, signature in zip(groups, self._groups, self._params, self._signatures):
+            if group is not own or len(group["params"]) != len(params):
                 return None
-            if len(group["params"]) != len(params) or not all(map(operator.is_, group["params"], params)):
+            if not (all(map(operator.is_, group["params"], params)) and signature.fits(group)):
                 return None
-        found = []
-        for param, address, stride, layout, kept, _, _ in self._members:
-            grad = param.grad
-            if param.data_ptr() != address or param.stride() != stride:
-                return None
-            if grad is None:
-                found.append(0)
-                continue
-            if layout is None or grad.dtype is not layout[0] or grad.stride() != layout[1]:
-                return None
-            for state, name, value in kept:
-                if state.get(name) is not value:
-                    return None
-            found.append(grad.data_ptr())
-        return found
+        return self._places.gradients()
 
     def run(self, gradients: list[int], keep: Tensor | None = None) -> bool:
         """Makes the update; False, with nothing changed, where a user's capture cannot hold it.
@@ -124,27 +124,28 @@ class FusedStep:
             return True
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with _uncollected(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._launch()
             self._graph = graph
         self._graph.replay()
         return True
 
     def _launch(self) -> None:
+        lanes = [lane for lane in self._lanes if lane]
         if self._device.type != "cuda":
-            for launch in chain(*self._lanes):
+            for launch in chain(*lanes):
                 launch()
             return
         here = torch.cuda.current_stream(self._device)
+        streams = [stream for stream in self._streams if stream != here][: len(lanes) - 1]
         # The others begin when the first momentum is done: from then on one lane's passes over memory run while another
         # multiplies.
-        for launch in self._lanes[0][:1]:
-            launch()
-        for stream in self._streams:
+        lanes[0][0]()
+        for stream in streams:
             stream.wait_stream(here)
-        for launch in self._lanes[0][1:]:
+        for launch in lanes[0][1:]:
             launch()
-        for lane, stream in zip(self._lanes[1:], self._streams):
+        for lane, stream in zip(lanes[1:], streams):
             with torch.cuda.stream(stream):
                 for launch in lane:
                     launch()
@@ -153,12 +154,14 @@ class FusedStep:
     # What may change from step to step.
 
     def _upload(self, gradients: list[int], values: list[float]) -> None:
-        if gradients != self._gradients_now:
-            self._send(self._pointers, self._addresses(gradients))
-            self._gradients_now = gradients
-        if values != self._hyper_now:
-            self._send(self._hyper, torch.tensor(values))
-            self._hyper_now = values
+        if gradients == self._gradients_now and values == self._hyper_now:
+            return
+        self._host_gradients.copy_(torch.tensor(gradients))
+        self._host_hyper.copy_(torch.tensor(values))
+        # The caching host allocator does not reuse this block before the copy is done.
+        host = self._host.pin_memory() if self._moving.is_cuda else self._host
+        self._moving.copy_(host, non_blocking=True)
+        self._gradients_now, self._hyper_now = gradients, values
 
     def _upload_captured(self, gradients: list[int]) -> bool:
         # The copy becomes part of the user's graph and reads pinned memory at every replay: a table for each capture that
@@ -168,16 +171,12 @@ class FusedStep:
             if not self._spare:
                 return False
             table = self._spare.pop()
-            table.copy_(self._addresses(gradients))
+            self._host_gradients.copy_(torch.tensor(gradients))
+            table.copy_(self._host[: table.numel()].view(table.shape))
             self._captured.append((gradients, table))
         self._pointers.copy_(table, non_blocking=True)
         self._gradients_now = None
         return True
-
-    def _addresses(self, gradients: list[int]) -> Tensor:
-        table = self._fixed.clone()
-        table[:, elementwise.GRAD.value] = torch.tensor(gradients)
-        return table
 
     def _hyper_values(self) -> tuple[list[float], list[tuple[int, int, Tensor]]]:
         """All hyper-parameters, and where in their table those are that live on the device."""
@@ -190,13 +189,6 @@ class FusedStep:
                     live.append((row, column, value))
                 values.append(0.0 if on_device else float(value))
         return values, live
-
-    def _send(self, target: Tensor, values: Tensor) -> None:
-        values = values.view(target.shape)
-        if target.is_cuda:
-            # The caching host allocator does not reuse this block before the copy is done.
-            values = values.pin_memory()
-        target.copy_(values, non_blocking=True)
 
     # The plan.
 
@@ -229,6 +221,8 @@ class FusedStep:
         chunks, starts = tables.chunks_of([matrix.rows * matrix.cols for matrix in ordered], elementwise.CHUNK)
         count = len(ordered)
         shared = {
+            "pointers": self._pointers,
+            "hyper": self._hyper,
             "chunks": chunks.to(self._device),
             "layout": self._table(tables.layout_of(ordered, slices), torch.int64),
             "starts": self._table(starts, torch.int32),
@@ -272,51 +266,27 @@ class FusedStep:
             sections.append(iteration.Section(x, y, ordered[first].cols, first - part.first))
             offset += math.prod(shape)
         steps = ordered[part.first].iteration.steps
-        blocks = iteration.blocks_of(ordered[part.first].short, len(steps), ordered[part.first].method)
+        inside = ordered[part.first : part.last]
+        mean = sum(max(matrix.rows, matrix.cols) for matrix in inside) / len(inside)
+        blocks = iteration.blocks_of(inside[0].short, mean, len(steps), inside[0].method)
         result = banks[len(blocks) % 2]
         scale = t["scale"][part.first : part.last]
         error = iteration.tune(sections, work, steps, blocks)
         if not error < _TOLERANCE[ordered[part.first].dtype]:
             raise Unsupported(f"this GPU, whose kernels do not agree with torch (error {error:.2g})")
-        runs = [(first, last, ordered[first].launch) for first, last in part.runs]
+        runs = [(ordered[first].launch, first, starts[first], last, starts[last]) for first, last in part.runs]
+        programs = self._processors * elementwise.RESIDENT or starts[-1]
+        early = succession.options(self._device)
 
         def before() -> None:
-            for first, last, run in runs:
-                self._before(run, first, last, starts, t, banks[0])
+            for run in runs:
+                _before(*run, programs, t, banks[0], early)
 
         def after() -> None:
-            for first, last, run in runs:
-                self._after(run, first, last, starts, t, result)
+            for run in runs:
+                _after(*run, programs, t, result, early)
 
         return [before, lambda: iteration.iterate(sections, work, steps, blocks, scale), after]
-
-    def _programs(self, chunks: int) -> tuple[int]:
-        most = elementwise.RESIDENT * self._processors
-        return (min(chunks, most) if most else chunks,)
-
-    def _before(
-        self, run: Launch, first: int, last: int, starts: list[int], t: dict[str, Tensor], bank: Tensor
-    ) -> None:
-        grad, momentum = _TYPES[run.dtypes[1]], _TYPES[run.dtypes[2]]
-        flags = (grad, momentum, run.nesterov, run.heavy_ball, run.skip_idle, run.flat, run.align, elementwise.CHUNK)
-        elementwise.momentum_kernel[self._programs(starts[last] - starts[first])](
-            t["chunks"], self._pointers, t["layout"], self._hyper, t["multiplier"], t["partial"], bank, starts[first],
-            starts[last], *flags, num_warps=_WARPS,
-        )  # fmt: skip
-        elementwise.norm_kernel[(last - first,)](
-            t["starts"], t["gains"], t["partial"], t["multiplier"], t["active"], t["late"], t["redo"], t["scale"], first,
-            1024, num_warps=_WARPS,
-        )  # fmt: skip
-        elementwise.settle_kernel[(last - first, 32)](
-            t["starts"], self._pointers, t["layout"], self._hyper, t["partial"], t["late"], t["redo"], bank, first,
-            *flags, num_warps=_WARPS,
-        )  # fmt: skip
-
-    def _after(self, run: Launch, first: int, last: int, starts: list[int], t: dict[str, Tensor], bank: Tensor) -> None:
-        elementwise.apply_kernel[self._programs(starts[last] - starts[first])](
-            t["chunks"], self._pointers, t["layout"], self._hyper, t["factors"], t["active"], bank, starts[first],
-            starts[last], _TYPES[run.dtypes[0]], run.cautious, run.skip_idle, run.flat, run.align, elementwise.CHUNK, num_warps=_WARPS,
-        )  # fmt: skip
 
     def _plan_entries(self) -> None:
         sizes = torch.zeros(len(self._members), 2, dtype=torch.int64)
@@ -340,7 +310,8 @@ class FusedStep:
         count = len(self._members)
         counts = torch.tensor([member.group["rule"] == "adamw" for member in self._members]).to(self._device)
         launches = self._lanes[-1]
-        launches.append(lambda: elementwise.count_kernel[(count,)](self._pointers, counts, 0))
+        early = succession.options(self._device)
+        launches.append(_bound(elementwise.count_kernel[(count,)], (self._pointers, counts, 0), ()))
         for (param_type, grad_type, state_type, cautious, align), owners in kinds.items():
             chunks, starts = tables.chunks_of([self._members[i].param.numel() for i in owners], elementwise.CHUNK)
             chunks[:, 0] = torch.tensor(owners, dtype=torch.int32)[chunks[:, 0].long()]
@@ -349,6 +320,7 @@ class FusedStep:
                     elementwise.adamw_kernel[(starts[-1],)],
                     (chunks.to(self._device), self._pointers, sizes, self._hyper, 0),
                     (_TYPES[param_type], _TYPES[grad_type], _TYPES[state_type], cautious, align, elementwise.CHUNK),
+                    early,
                 )
             )
 
@@ -388,12 +360,118 @@ class _Member(NamedTuple):
         return [self.address, 0, *self.places, *[0] * (elementwise.POINTERS.value - 2 - len(self.places))]
 
 
+class _Places:
+    """Where everything was when the plan was made, in lists that are compared as fast as Python can."""
+
+    def __init__(self, members: list[_Member]) -> None:
+        self._params = [member.param for member in members]
+        self._addresses = [member.address for member in members]
+        self._strides = [member.stride for member in members]
+        self._layouts = [member.layout for member in members]
+        kept = [entry for member in members for entry in member.kept]
+        self._states, self._names, self._values = ([entry[i] for entry in kept] for i in range(3))
+
+    def gradients(self) -> list[int] | None:
+        """Addresses of all gradients (0: none); None where anything else is not as it was."""
+        params = self._params
+        if list(map(_data_ptr, params)) != self._addresses or list(map(_stride, params)) != self._strides:
+            return None
+        if not all(map(operator.is_, map(_get, self._states, self._names), self._values)):
+            return None
+        found = []
+        try:
+            for param, layout in zip(params, self._layouts):
+                grad = param.grad
+                if grad is None:
+                    found.append(0)
+                elif layout is None or grad.stride() != layout[1] or grad.dtype is not layout[0]:
+                    return None
+                else:
+                    found.append(grad.data_ptr())
+        except RuntimeError:  # a sparse gradient has no strides
+            return None
+        return found
+
+
+class _Signature:
+    """The options of a group that a plan was made for."""
+
+    def __init__(self, group: Mapping[str, Any]) -> None:
+        self._values = _options(group)
+        self._pick = operator.itemgetter(*(name for name, _ in self._values))
+        self._picked = self._pick(group)
+        self._size = len(group)
+
+    def fits(self, group: Mapping[str, Any]) -> bool:
+        if len(group) != self._size:  # an option more or less; one that a scheduler keeps there is none
+            if _options(group) != self._values:
+                return False
+            self._size = len(group)
+        try:
+            return bool(self._pick(group) == self._picked)
+        except KeyError:
+            return False
+
+
 def _index(groups: list[dict[str, Any]], group: dict[str, Any]) -> int:
     return next(i for i, other in enumerate(groups) if other is group)
 
 
-def _bound(kernel: Callable[..., object], arguments: tuple[Any, ...], flags: tuple[Any, ...]) -> Callable[[], object]:
-    return lambda: kernel(*arguments, *flags, num_warps=_WARPS)
+def _bound(
+    kernel: Callable[..., object],
+    arguments: tuple[Any, ...],
+    flags: tuple[Any, ...],
+    options: Mapping[str, bool] = MappingProxyType({}),
+) -> Callable[[], object]:
+    return lambda: kernel(*arguments, *flags, num_warps=_WARPS, **options)
+
+
+# The first launch of a lane waits for whatever came before it on any stream: it follows nothing early, and so does no
+# momentum, because any of them may be that first launch.
+
+
+def _before(
+    run: Launch, first: int, start: int, last: int, end: int, programs: int, t: dict[str, Tensor], bank: Tensor,
+    early: Mapping[str, bool],
+) -> None:  # fmt: skip
+    """Momentum, norm and cast of the matrices `first` to `last`, whose chunks are `start` to `end`."""
+    grad, momentum = _TYPES[run.dtypes[1]], _TYPES[run.dtypes[2]]
+    flags = (grad, momentum, run.nesterov, run.heavy_ball, run.skip_idle, run.flat, run.align, elementwise.CHUNK)
+    elementwise.momentum_kernel[(min(end - start, programs),)](
+        t["chunks"], t["pointers"], t["layout"], t["hyper"], t["multiplier"], t["partial"], bank, start, end, *flags,
+        num_warps=_WARPS,
+    )  # fmt: skip
+    elementwise.norm_kernel[(last - first,)](
+        t["starts"], t["gains"], t["partial"], t["multiplier"], t["active"], t["late"], t["redo"], t["scale"], first,
+        1024, num_warps=_WARPS, **early,
+    )  # fmt: skip
+    elementwise.settle_kernel[(last - first, 32)](
+        t["starts"], t["pointers"], t["layout"], t["hyper"], t["partial"], t["late"], t["redo"], bank, first, *flags,
+        num_warps=_WARPS, **early,
+    )  # fmt: skip
+
+
+def _after(
+    run: Launch, first: int, start: int, last: int, end: int, programs: int, t: dict[str, Tensor], bank: Tensor,
+    early: Mapping[str, bool],
+) -> None:  # fmt: skip
+    elementwise.apply_kernel[(min(end - start, programs),)](
+        t["chunks"], t["pointers"], t["layout"], t["hyper"], t["factors"], t["active"], bank, start, end,
+        _TYPES[run.dtypes[0]], run.cautious, run.skip_idle, run.flat, run.align, elementwise.CHUNK, num_warps=_WARPS,
+        **early,
+    )  # fmt: skip
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection: one that destroys a graph spoils a capture under way."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -408,21 +486,12 @@ def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
     return lr, group["weight_decay"], *logs, group["eps"], 1 - beta1, 1 - beta2, 0.0
 
 
-def _signature(groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """Every option that the plan was made for."""
-    moving = (
-        "params",
-        "param_names",
-        "reasons",
-        "lr",
-        "block_lr",
-        "weight_decay",
-        "momentum",
-        "betas",
-        "eps",
-        "updates",
-    )
-    return [tuple((k, v) for k, v in group.items() if k not in moving and k[:8] != "initial_") for group in groups]
+_MOVING = ("params", "param_names", "reasons", "lr", "block_lr", "weight_decay", "momentum", "betas", "eps", "updates")
+
+
+def _options(group: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Every option that a plan depends on."""
+    return tuple((k, v) for k, v in group.items() if k not in _MOVING and k[:8] != "initial_")
 
 
 def _gain(matrix: Matrix) -> float:

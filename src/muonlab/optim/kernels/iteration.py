@@ -14,11 +14,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from muonlab.optim.coefficients import Step
-from muonlab.optim.kernels import products
+from muonlab.optim.kernels import products, succession
 from muonlab.optim.polar import newton_schulz
 
 # R is kept times this: its entries, of the order of 1/m, stay clear of fp16's subnormal numbers.
 GAIN = 4096.0
+LONG = 3.0
+"""From this n/m on the last two steps of five are one block."""
 
 
 @dataclass
@@ -50,6 +52,10 @@ class Symmetric:
         rest = None if self.rest is None else self.rest[first : first + count]
         return Symmetric(self.off[first : first + count], self.diagonal[first : first + count], rest)
 
+    def rounded(self) -> "Symmetric":
+        """Without the rest."""
+        return Symmetric(self.off, self.diagonal)
+
 
 @dataclass
 class Workspace:
@@ -78,15 +84,18 @@ def pitch_of(cols: int) -> int:
     return -(-cols // 8) * 8
 
 
-def blocks_of(m: int, steps: int, method: str = "auto") -> tuple[int, ...]:
-    """How many steps each block takes, for matrices with smaller side `m`.
+def blocks_of(m: int, n: float, steps: int, method: str = "auto") -> tuple[int, ...]:
+    """How many steps each block takes, for matrices with smaller side `m` and larger side `n` (of several: their mean).
 
-    "gram" is three steps, then one by one: the longest block whose error against fp64 stays within 1.2 times that of the
-    standard fp16 iteration on all spectra from flat to 1e-7 (a longer one, or a last block of two, does not). "standard" is
+    "gram" is three steps, then one by one, or two where `n` is so large that the fewer products of X pay: the longest blocks
+    whose error against fp64 stays near that of the standard fp16 iteration on all spectra from flat to 1e-7. "standard" is
     one by one. "auto" is gram except for small matrices, whose products cost little and where the error of a block is larger.
     """
-    gram = method == "gram" or (method == "auto" and m >= 256)
-    return (3, *[1] * (steps - 3)) if gram and steps >= 3 else (1,) * steps
+    if steps < 3 or method == "standard" or (method == "auto" and m < 256):
+        return (1,) * steps
+    if steps == 5 and n >= LONG * m:
+        return 3, 2
+    return (3, *[1] * (steps - 3))
 
 
 def iterate(
@@ -109,17 +118,21 @@ def iterate(
     for number, length in enumerate(blocks):
         now, remaining = remaining[:length], remaining[length:]
         first = number == 0
+        # Only the first block has to add R as exactly as it can: later ones begin with larger singular values, and do best
+        # when all their products take the same R, rounded as it is.
+        exact = first and length > 1
         for section in sections:
-            _gram(section, work.gram, scale if first else None, keep_rest=length > 1)
+            _gram(section, work.gram, scale if first else None, keep_rest=exact)
         count = sum(len(section.x) for section in sections)
-        gram, half = work.gram.part(0, count), work.half.part(0, count)
+        gram, half = (s.part(0, count) if exact else s.part(0, count).rounded() for s in (work.gram, work.half))
         factor, product, spare = (turn.part(0, count) for turn in work.turns)
         for i, (a, b, c) in enumerate(now):
             # W = a I + b R + c R^2; then R <- W R W and Q <- W Q.
             _symmetric(gram, gram, factor, c / GAIN**2, b / GAIN, a)
             if i + 1 < length:
                 _symmetric(factor, gram, half)
-                _symmetric(factor, half, gram)
+                # The last R is only squared, and that without its rest.
+                _symmetric(factor, half, gram if i + 2 < length else gram.rounded())
             if i:
                 _symmetric(factor, product, spare)
                 product, spare = spare, product
@@ -170,6 +183,7 @@ def _gram(section: Section, out: Symmetric, scale: Tensor | None, keep_rest: boo
         WIDE=section.wide,
         SCALED=scale is not None,
         KEEP_REST=keep_rest,
+        **succession.options(section.x.device),
     )
 
 
@@ -198,6 +212,7 @@ def _symmetric(
         SAME=same,
         HAS_REST=has_rest,
         KEEP_REST=out.rest is not None,
+        **succession.options(a.off.device),
     )
 
 
@@ -219,6 +234,7 @@ def _product(a: Symmetric, section: Section, scale: Tensor | None) -> None:
         n,
         WIDE=section.wide,
         SCALED=scale is not None,
+        **succession.options(section.x.device),
     )
 
 

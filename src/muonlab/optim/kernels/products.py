@@ -20,6 +20,8 @@ import os
 import triton
 import triton.language as tl
 
+from muonlab.optim.kernels.succession import follow
+
 REST = tl.constexpr(2048.0)
 
 # Triton's interpreter cannot time anything: one small configuration.
@@ -31,9 +33,10 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def _tile_result(arguments):
     block = arguments["BLOCK"]
+    width = block // arguments["PIECES"]
     for name in ("off", "rest"):
-        arguments[name].block_shape = [1, block, block // 2]
-    arguments["mirror"].block_shape = [1, block // 2, block]
+        arguments[name].block_shape = [1, block, width]
+    arguments["mirror"].block_shape = [1, width, block]
 
 
 def _tile_gram(arguments):
@@ -47,7 +50,7 @@ def _tile_symmetric(arguments):
     for name in ("a", "b"):
         arguments[name].block_shape = [1, block, depth]
     for name in ("a_tile", "b_tile", "b_rest"):
-        arguments[name].block_shape = [1, block, block // 2]
+        arguments[name].block_shape = [1, block, block // arguments["PIECES"]]
     _tile_result(arguments)
 
 
@@ -61,7 +64,8 @@ def _tile_product(arguments):
 
 def _configs(names, tiles, pre_hook):
     """Tiles, warps, stages and registers to choose from."""
-    tiles = [((32,) * len(names), 4, 1, None)] if _INTERPRETED else tiles
+    small = tuple(2 if name == "PIECES" else 32 for name in names)
+    tiles = [(small, 4, 1, None)] if _INTERPRETED else tiles
     return [
         triton.Config(dict(zip(names, tile)), num_warps=warps, num_stages=stages, maxnreg=registers, pre_hook=pre_hook)
         for tile, warps, stages, registers in tiles
@@ -71,13 +75,14 @@ def _configs(names, tiles, pre_hook):
 def _square(pre_hook):
     # 128 registers: two programs share a multiprocessor and hide each other's beginning and end.
     tiles = [
-        ((128, 64), 8, 3, 128),
-        ((128, 64), 4, 3, None),
-        ((128, 64), 8, 4, None),
-        ((128, 128), 8, 3, None),
-        ((64, 64), 4, 4, None),
+        ((128, 64, 4), 8, 3, 128),
+        ((128, 64, 2), 8, 3, 128),
+        ((128, 64, 4), 4, 3, None),
+        ((128, 64, 2), 4, 3, None),
+        ((128, 128, 2), 8, 3, None),
+        ((64, 64, 2), 4, 4, None),
     ]
-    return _configs(("BLOCK", "DEPTH"), tiles, pre_hook)
+    return _configs(("BLOCK", "DEPTH", "PIECES"), tiles, pre_hook)
 
 
 def _rectangular(pre_hook):
@@ -116,15 +121,26 @@ def _lower_tile(p):
 
 @triton.jit
 def _halves(tile):
-    """The left and the right half of a tile: one at a time leaves registers free."""
     return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _pieces(tile, PIECES: tl.constexpr):
+    """Columns of a tile in 2 or 4 pieces: one at a time leaves registers free."""
+    left, right = _halves(tile)
+    if PIECES == 2:
+        return left, right
+    else:  # noqa: RET505  # a branch that is compiled away
+        a, b = _halves(left)
+        c, d = _halves(right)
+        return a, b, c, d
 
 
 @triton.jit
 def _store_symmetric(
     value, off, mirror, rest, diagonal, z, row, col, m, DIAGONAL: tl.constexpr, KEEP_REST: tl.constexpr
 ):
-    """Stores half a tile that begins at (row, col), and its mirror image if it is not on the diagonal."""
+    """Stores a piece of a tile that begins at (row, col), and its mirror image if it is not on the diagonal."""
     HEIGHT: tl.constexpr = value.shape[0]
     WIDTH: tl.constexpr = value.shape[1]
     if DIAGONAL:
@@ -143,11 +159,15 @@ def _store_symmetric(
 
 
 @triton.jit
-def _store_gram(value, off, mirror, rest, diagonal, z, row, col, m, DIAGONAL: tl.constexpr, KEEP_REST: tl.constexpr):
-    left, right = _halves(value)
-    half: tl.constexpr = value.shape[1] // 2
-    _store_symmetric(left, off, mirror, rest, diagonal, z, row, col, m, DIAGONAL, KEEP_REST)
-    _store_symmetric(right, off, mirror, rest, diagonal, z, row, col + half, m, DIAGONAL, KEEP_REST)
+def _store_gram(
+    value, off, mirror, rest, diagonal, z, row, col, m,
+    DIAGONAL: tl.constexpr, KEEP_REST: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    pieces = _pieces(value, PIECES)
+    WIDTH: tl.constexpr = value.shape[1] // PIECES
+    for piece in tl.static_range(PIECES):
+        start = col + piece * WIDTH
+        _store_symmetric(pieces[piece], off, mirror, rest, diagonal, z, row, start, m, DIAGONAL, KEEP_REST)
 
 
 @triton.autotune(
@@ -156,8 +176,8 @@ def _store_gram(value, off, mirror, rest, diagonal, z, row, col, m, DIAGONAL: tl
 @triton.jit
 def gram_kernel(
     x,  # descriptor [k, m, n], or [k, n, m] for tall matrices
-    off,  # descriptors of the result's parts, in halves of tiles
-    mirror,  # the same as `off`, in halves of transposed tiles
+    off,  # descriptors of the result's parts, in pieces of tiles
+    mirror,  # the same as `off`, in pieces of transposed tiles
     rest,
     diagonal,
     scale,  # fp32 [k]: squared, multiplies the product
@@ -169,7 +189,10 @@ def gram_kernel(
     KEEP_REST: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
+    PIECES: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):
+    follow(EARLY)
     i, j = _lower_tile(tl.program_id(0))
     z = tl.program_id(1)
     value = tl.zeros([BLOCK, BLOCK], tl.float32)
@@ -187,19 +210,19 @@ def gram_kernel(
         value = value * s * s
     value *= alpha
     if i == j:
-        _store_gram(value, off, mirror, rest, diagonal, z, i * BLOCK, j * BLOCK, m, True, KEEP_REST)
+        _store_gram(value, off, mirror, rest, diagonal, z, i * BLOCK, j * BLOCK, m, True, KEEP_REST, PIECES)
     else:
-        _store_gram(value, off, mirror, rest, diagonal, z, i * BLOCK, j * BLOCK, m, False, KEEP_REST)
+        _store_gram(value, off, mirror, rest, diagonal, z, i * BLOCK, j * BLOCK, m, False, KEEP_REST, PIECES)
 
 
 @triton.jit
 def _finish(
     value, a_tile, b_tile, b_rest, a_diagonal, b_diagonal, off, mirror, rest, diagonal, z, row, col, m, alpha, beta, gamma,
-    DIAGONAL: tl.constexpr, SAME: tl.constexpr, HAS_REST: tl.constexpr, KEEP_REST: tl.constexpr,
+    DIAGONAL: tl.constexpr, SAME: tl.constexpr, HAS_REST: tl.constexpr, KEEP_REST: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """(A + D)(B + E) = A B + D B + A E + D E for diagonal D and E, of which `value` holds a tile of A B."""
     HEIGHT: tl.constexpr = value.shape[0]
-    WIDTH: tl.constexpr = value.shape[1] // 2
+    WIDTH: tl.constexpr = value.shape[1] // PIECES
     a_diagonal += z.to(tl.int64) * m
     b_diagonal += z.to(tl.int64) * m
     if DIAGONAL and not SAME:
@@ -207,10 +230,10 @@ def _finish(
         value = 0.5 * (value + tl.trans(value))
     rows = row + tl.arange(0, HEIGHT)
     d = tl.load(a_diagonal + rows, mask=rows < m, other=0.0)[:, None]
-    first, second = _halves(value)
-    for half in tl.static_range(2):
-        part = alpha * (first if half == 0 else second)
-        start = col + half * WIDTH
+    pieces = _pieces(value, PIECES)
+    for piece in tl.static_range(PIECES):
+        part = alpha * pieces[piece]
+        start = col + piece * WIDTH
         cols = start + tl.arange(0, WIDTH)
         e = tl.load(b_diagonal + cols, mask=cols < m, other=0.0)[None, :]
         own = b_tile.load([z, row, start]).reshape(HEIGHT, WIDTH).to(tl.float32)
@@ -240,7 +263,7 @@ def _finish(
 def symmetric_kernel(
     a,  # descriptor [k, m, m] of A's entries off the diagonal, in operand tiles
     b,  # the same of B
-    a_tile,  # the same as `a`, in halves of the result's tiles
+    a_tile,  # the same as `a`, in pieces of the result's tiles
     b_tile,
     b_rest,
     a_diagonal,
@@ -258,7 +281,10 @@ def symmetric_kernel(
     KEEP_REST: tl.constexpr,  # C shall have one
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
+    PIECES: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):
+    follow(EARLY)
     i, j = _lower_tile(tl.program_id(0))
     z = tl.program_id(1)
     value = tl.zeros([BLOCK, BLOCK], tl.float32)
@@ -269,12 +295,12 @@ def symmetric_kernel(
     if i == j:
         _finish(
             value, a_tile, b_tile, b_rest, a_diagonal, b_diagonal, off, mirror, rest, diagonal, z, i * BLOCK, j * BLOCK, m,
-            alpha, beta, gamma, True, SAME, HAS_REST, KEEP_REST,
+            alpha, beta, gamma, True, SAME, HAS_REST, KEEP_REST, PIECES,
         )  # fmt: skip
     else:
         _finish(
             value, a_tile, b_tile, b_rest, a_diagonal, b_diagonal, off, mirror, rest, diagonal, z, i * BLOCK, j * BLOCK, m,
-            alpha, beta, gamma, False, SAME, HAS_REST, KEEP_REST,
+            alpha, beta, gamma, False, SAME, HAS_REST, KEEP_REST, PIECES,
         )  # fmt: skip
 
 
@@ -299,7 +325,9 @@ def product_kernel(
     BLOCK: tl.constexpr,  # along the rows of Y
     BREADTH: tl.constexpr,  # along its columns
     DEPTH: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):
+    follow(EARLY)
     z = tl.program_id(1)
     across = tl.cdiv(n if WIDE else m, BREADTH)
     i = tl.program_id(0) // across
