@@ -5,6 +5,7 @@ polynomials (Gram Newton-Schulz, https://dao-ailab.github.io/blog/2026/gram-newt
 standard iteration. With m <= n and symmetric products at half price, T steps in B blocks cost 3 B m^2 n + (4 T - 3 B) m^3.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,8 +20,9 @@ from muonlab.optim.polar import newton_schulz
 
 # R is kept times this: its entries, of the order of 1/m, stay clear of fp16's subnormal numbers.
 GAIN = 4096.0
-LONG = 3.0
-"""From this n/m on the last two steps of five are one block."""
+LONG = math.inf
+"""From this n/m on the last two steps of five are one block: 3.0 pays, but where singular values span half a decade its error
+is up to 1.4 times that of the standard fp16 iteration (0.0014 to 0.0011)."""
 
 
 @dataclass
@@ -87,9 +89,8 @@ def pitch_of(cols: int) -> int:
 def blocks_of(m: int, n: float, steps: int, method: str = "auto") -> tuple[int, ...]:
     """How many steps each block takes, for matrices with smaller side `m` and larger side `n` (of several: their mean).
 
-    "gram" is three steps, then one by one, or two where `n` is so large that the fewer products of X pay: the longest blocks
-    whose error against fp64 stays near that of the standard fp16 iteration on all spectra from flat to 1e-7. "standard" is
-    one by one. "auto" is gram except for small matrices, whose products cost little and where the error of a block is larger.
+    "gram" is three steps, then one by one (or two: `LONG`): the longest block whose error against fp64 stays within 1.2 times
+    that of the standard fp16 iteration on all spectra from flat to 1e-7. "standard" is one by one. "auto" is gram except for small matrices, whose products cost little and where the error of a block is larger.
     """
     if steps < 3 or method == "standard" or (method == "auto" and m < 256):
         return (1,) * steps
