@@ -12,12 +12,8 @@ is absent: its tensor is left alone. All arithmetic is fp32.
 import triton
 import triton.language as tl
 
-from muonlab.optim.kernels.succession import follow
-
 CHUNK = 2048
-"""Entries that a program handles at a time."""
-RESIDENT = 0
-"""Programs of the passes before and after the iterations on each multiprocessor, so that products run beside them; 0: no bound."""
+"""Entries of one program."""
 
 # Columns of the address tables (int64, one row per parameter).
 PARAM: tl.constexpr = tl.constexpr(0)
@@ -68,6 +64,7 @@ def _bank_entries(layout, matrix, chunk, FLAT: tl.constexpr, ALIGN: tl.constexpr
 
 @triton.jit
 def _address(pointers, owner, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
+    # The alignment of an integer is forgotten when it becomes a pointer: loads would be of 4 bytes.
     address = tl.load(pointers + owner * POINTERS + COLUMN).to(tl.pointer_type(DTYPE))
     return tl.multiple_of(address, 16) if ALIGN > 1 else address
 
@@ -90,7 +87,6 @@ def momentum_kernel(
     partial,  # fp32 [chunks, 3]: largest absolute entry, sum of squares divided by its square, 1 if any gradient
     bank,
     first,
-    last,
     GRAD_TYPE: tl.constexpr,
     MOMENTUM_TYPE: tl.constexpr,
     NESTEROV: tl.constexpr,
@@ -105,38 +101,38 @@ def momentum_kernel(
     SKIP_IDLE: where the whole gradient of a matrix is zero its momentum must not change. A chunk without any gradient
     therefore leaves it to `settle_kernel`, which knows the other chunks.
     """
-    for program in range(first + tl.program_id(0), last, tl.num_programs(0)):
-        matrix = tl.load(chunks + 2 * program)
-        chunk = tl.load(chunks + 2 * program + 1)
-        owner = tl.load(layout + matrix * LAYOUT)
-        target = bank + _bank_entries(layout, matrix, chunk, FLAT, ALIGN, SIZE)
-        grad_offsets, inside = _entries(layout, matrix, chunk, 1, FLAT, ALIGN, SIZE)
-        if tl.load(pointers + owner * POINTERS + GRAD) == 0:
-            tl.store(target, tl.zeros([SIZE], tl.float32).to(bank.dtype.element_ty), mask=inside)
-            tl.store(partial + 3 * program, 0.0)
-            tl.store(partial + 3 * program + 1, 0.0)
-            tl.store(partial + 3 * program + 2, 0.0)
+    program = first + tl.program_id(0)
+    matrix = tl.load(chunks + 2 * program)
+    chunk = tl.load(chunks + 2 * program + 1)
+    owner = tl.load(layout + matrix * LAYOUT)
+    target = bank + _bank_entries(layout, matrix, chunk, FLAT, ALIGN, SIZE)
+    grad_offsets, inside = _entries(layout, matrix, chunk, 1, FLAT, ALIGN, SIZE)
+    if tl.load(pointers + owner * POINTERS + GRAD) == 0:
+        tl.store(target, tl.zeros([SIZE], tl.float32).to(bank.dtype.element_ty), mask=inside)
+        tl.store(partial + 3 * program, 0.0)
+        tl.store(partial + 3 * program + 1, 0.0)
+        tl.store(partial + 3 * program + 2, 0.0)
+    else:
+        mu = tl.load(hyper + tl.load(layout + matrix * LAYOUT + 4) * HYPER + 2)
+        grad = tl.load(_address(pointers, owner, GRAD, GRAD_TYPE, ALIGN) + grad_offsets, mask=inside, other=0.0)
+        grad = grad.to(tl.float32)
+        own_offsets, _ = _entries(layout, matrix, chunk, 2, FLAT, ALIGN, SIZE)
+        place = _address(pointers, owner, MOMENTUM, MOMENTUM_TYPE, ALIGN) + own_offsets
+        momentum = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        if HEAVY_BALL:
+            momentum = mu * momentum + grad
         else:
-            mu = tl.load(hyper + tl.load(layout + matrix * LAYOUT + 4) * HYPER + 2)
-            grad = tl.load(_address(pointers, owner, GRAD, GRAD_TYPE, ALIGN) + grad_offsets, mask=inside, other=0.0)
-            grad = grad.to(tl.float32)
-            own_offsets, _ = _entries(layout, matrix, chunk, 2, FLAT, ALIGN, SIZE)
-            place = _address(pointers, owner, MOMENTUM, MOMENTUM_TYPE, ALIGN) + own_offsets
-            momentum = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-            if HEAVY_BALL:
-                momentum = mu * momentum + grad
-            else:
-                momentum = momentum + (1.0 - mu) * (grad - momentum)
-            active = tl.max(tl.where(grad != 0, 1.0, 0.0), axis=0)
-            tl.store(partial + 3 * program + 2, active)
-            tl.store(place, momentum.to(MOMENTUM_TYPE), mask=inside & (active > 0) if SKIP_IDLE else inside)
-            direction = _direction(grad, momentum, mu, NESTEROV, HEAVY_BALL)
-            largest = tl.max(tl.abs(direction), axis=0)
-            ratio = direction / tl.where(largest > 0, largest, 1.0)
-            tl.store(partial + 3 * program, largest)
-            # An infinity or a NaN makes this sum NaN, and with it the whole matrix.
-            tl.store(partial + 3 * program + 1, tl.sum(ratio * ratio, axis=0))
-            tl.store(target, (direction * tl.load(multiplier + matrix)).to(bank.dtype.element_ty), mask=inside)
+            momentum = momentum + (1.0 - mu) * (grad - momentum)
+        active = tl.max(tl.where(grad != 0, 1.0, 0.0), axis=0)
+        tl.store(partial + 3 * program + 2, active)
+        tl.store(place, momentum.to(MOMENTUM_TYPE), mask=inside & (active > 0) if SKIP_IDLE else inside)
+        direction = _direction(grad, momentum, mu, NESTEROV, HEAVY_BALL)
+        largest = tl.max(tl.abs(direction), axis=0)
+        ratio = direction / tl.where(largest > 0, largest, 1.0)
+        tl.store(partial + 3 * program, largest)
+        # An infinity or a NaN makes this sum NaN, and with it the whole matrix.
+        tl.store(partial + 3 * program + 1, tl.sum(ratio * ratio, axis=0))
+        tl.store(target, (direction * tl.load(multiplier + matrix)).to(bank.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -151,10 +147,8 @@ def norm_kernel(
     scale,  # fp32 [matrices]: what the cast matrix is to be multiplied by to have norm 1
     first,
     SIZE: tl.constexpr,
-    EARLY: tl.constexpr = False,
 ):
     """The norm of every matrix; whether the cast kept its precision; the multiplier for the next update."""
-    follow(EARLY)
     matrix = first + tl.program_id(0)
     start = tl.load(starts + matrix)
     end = tl.load(starts + matrix + 1)
@@ -211,11 +205,9 @@ def settle_kernel(
     FLAT: tl.constexpr,
     ALIGN: tl.constexpr,
     SIZE: tl.constexpr,
-    EARLY: tl.constexpr = False,
 ):
     """What could only be decided with the whole matrix in view: momentum where a chunk had no gradient, and a second cast
     where the norm has changed too much since the last update. Most matrices need neither and return at once."""
-    follow(EARLY)
     matrix = first + tl.program_id(0)
     again = tl.load(redo + matrix)
     finish = (tl.load(late + matrix) != 0) & SKIP_IDLE
@@ -250,40 +242,37 @@ def apply_kernel(
     active,
     bank,  # polar factors
     first,
-    last,
     PARAM_TYPE: tl.constexpr,
     CAUTIOUS: tl.constexpr,
     SKIP_IDLE: tl.constexpr,
     FLAT: tl.constexpr,
     ALIGN: tl.constexpr,
     SIZE: tl.constexpr,
-    EARLY: tl.constexpr = False,
 ):
     """param -= lr * weight_decay * param + lr * factor * update, in place.
 
     CAUTIOUS: entries that the update pushes away from zero are not decayed.
     """
-    follow(EARLY)
-    for program in range(first + tl.program_id(0), last, tl.num_programs(0)):
-        matrix = tl.load(chunks + 2 * program)
-        chunk = tl.load(chunks + 2 * program + 1)
-        owner = tl.load(layout + matrix * LAYOUT)
-        moves = tl.load(pointers + owner * POINTERS + GRAD) != 0
-        if SKIP_IDLE:
-            moves = moves & (tl.load(active + matrix) != 0)
-        if moves:
-            group = hyper + tl.load(layout + matrix * LAYOUT + 4) * HYPER
-            lr = tl.load(group + LR)
-            offsets, inside = _entries(layout, matrix, chunk, 0, FLAT, ALIGN, SIZE)
-            place = _address(pointers, owner, PARAM, PARAM_TYPE, ALIGN) + offsets
-            source = bank + _bank_entries(layout, matrix, chunk, FLAT, ALIGN, SIZE)
-            update = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-            param = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-            shrink = lr * tl.load(group + WEIGHT_DECAY) * tl.load(factors + 2 * matrix + 1)
-            if CAUTIOUS:
-                shrink = tl.where(param * update >= 0, shrink, 0.0)
-            param = param * (1.0 - shrink) - lr * tl.load(factors + 2 * matrix) * update
-            tl.store(place, param.to(PARAM_TYPE), mask=inside)
+    program = first + tl.program_id(0)
+    matrix = tl.load(chunks + 2 * program)
+    chunk = tl.load(chunks + 2 * program + 1)
+    owner = tl.load(layout + matrix * LAYOUT)
+    moves = tl.load(pointers + owner * POINTERS + GRAD) != 0
+    if SKIP_IDLE:
+        moves = moves & (tl.load(active + matrix) != 0)
+    if moves:
+        group = hyper + tl.load(layout + matrix * LAYOUT + 4) * HYPER
+        lr = tl.load(group + LR)
+        offsets, inside = _entries(layout, matrix, chunk, 0, FLAT, ALIGN, SIZE)
+        place = _address(pointers, owner, PARAM, PARAM_TYPE, ALIGN) + offsets
+        source = bank + _bank_entries(layout, matrix, chunk, FLAT, ALIGN, SIZE)
+        update = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        param = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        shrink = lr * tl.load(group + WEIGHT_DECAY) * tl.load(factors + 2 * matrix + 1)
+        if CAUTIOUS:
+            shrink = tl.where(param * update >= 0, shrink, 0.0)
+        param = param * (1.0 - shrink) - lr * tl.load(factors + 2 * matrix) * update
+        tl.store(place, param.to(PARAM_TYPE), mask=inside)
 
 
 @triton.jit
@@ -315,10 +304,8 @@ def adamw_kernel(
     CAUTIOUS: tl.constexpr,
     ALIGN: tl.constexpr,
     SIZE: tl.constexpr,
-    EARLY: tl.constexpr = False,
 ):
     """AdamW with decoupled decay and bias correction (https://arxiv.org/abs/1711.05101) on dense tensors, in place."""
-    follow(EARLY)
     program = first + tl.program_id(0)
     owner = tl.load(chunks + 2 * program)
     offsets = tl.load(chunks + 2 * program + 1).to(tl.int64) * SIZE + tl.arange(0, SIZE)

@@ -11,14 +11,13 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from muonlab.optim.kernels import State, Unsupported, elementwise, iteration, succession, tables
+from muonlab.optim.kernels import State, Unsupported, elementwise, iteration, tables
 from muonlab.optim.kernels.tables import Launch, Matrix, Slice
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -266,25 +265,21 @@ class FusedStep:
             sections.append(iteration.Section(x, y, ordered[first].cols, first - part.first))
             offset += math.prod(shape)
         steps = ordered[part.first].iteration.steps
-        inside = ordered[part.first : part.last]
-        mean = sum(max(matrix.rows, matrix.cols) for matrix in inside) / len(inside)
-        blocks = iteration.blocks_of(inside[0].short, mean, len(steps), inside[0].method)
+        blocks = iteration.blocks_of(ordered[part.first].short, len(steps), ordered[part.first].method)
         result = banks[len(blocks) % 2]
         scale = t["scale"][part.first : part.last]
         error = iteration.tune(sections, work, steps, blocks)
         if not error < _TOLERANCE[ordered[part.first].dtype]:
             raise Unsupported(f"this GPU, whose kernels do not agree with torch (error {error:.2g})")
         runs = [(ordered[first].launch, first, starts[first], last, starts[last]) for first, last in part.runs]
-        programs = self._processors * elementwise.RESIDENT or starts[-1]
-        early = succession.options(self._device)
 
         def before() -> None:
             for run in runs:
-                _before(*run, programs, t, banks[0], early)
+                _before(*run, t, banks[0])
 
         def after() -> None:
             for run in runs:
-                _after(*run, programs, t, result, early)
+                _after(*run, t, result)
 
         return [before, lambda: iteration.iterate(sections, work, steps, blocks, scale), after]
 
@@ -310,7 +305,6 @@ class FusedStep:
         count = len(self._members)
         counts = torch.tensor([member.group["rule"] == "adamw" for member in self._members]).to(self._device)
         launches = self._lanes[-1]
-        early = succession.options(self._device)
         launches.append(_bound(elementwise.count_kernel[(count,)], (self._pointers, counts, 0), ()))
         for (param_type, grad_type, state_type, cautious, align), owners in kinds.items():
             chunks, starts = tables.chunks_of([self._members[i].param.numel() for i in owners], elementwise.CHUNK)
@@ -320,7 +314,6 @@ class FusedStep:
                     elementwise.adamw_kernel[(starts[-1],)],
                     (chunks.to(self._device), self._pointers, sizes, self._hyper, 0),
                     (_TYPES[param_type], _TYPES[grad_type], _TYPES[state_type], cautious, align, elementwise.CHUNK),
-                    early,
                 )
             )
 
@@ -417,48 +410,33 @@ def _index(groups: list[dict[str, Any]], group: dict[str, Any]) -> int:
     return next(i for i, other in enumerate(groups) if other is group)
 
 
-def _bound(
-    kernel: Callable[..., object],
-    arguments: tuple[Any, ...],
-    flags: tuple[Any, ...],
-    options: Mapping[str, bool] = MappingProxyType({}),
-) -> Callable[[], object]:
-    return lambda: kernel(*arguments, *flags, num_warps=_WARPS, **options)
+def _bound(kernel: Callable[..., object], arguments: tuple[Any, ...], flags: tuple[Any, ...]) -> Callable[[], object]:
+    return lambda: kernel(*arguments, *flags, num_warps=_WARPS)
 
 
-# The first launch of a lane waits for whatever came before it on any stream: it follows nothing early, and so does no
-# momentum, because any of them may be that first launch.
-
-
-def _before(
-    run: Launch, first: int, start: int, last: int, end: int, programs: int, t: dict[str, Tensor], bank: Tensor,
-    early: Mapping[str, bool],
-) -> None:  # fmt: skip
+def _before(run: Launch, first: int, start: int, last: int, end: int, t: dict[str, Tensor], bank: Tensor) -> None:
     """Momentum, norm and cast of the matrices `first` to `last`, whose chunks are `start` to `end`."""
     grad, momentum = _TYPES[run.dtypes[1]], _TYPES[run.dtypes[2]]
     flags = (grad, momentum, run.nesterov, run.heavy_ball, run.skip_idle, run.flat, run.align, elementwise.CHUNK)
-    elementwise.momentum_kernel[(min(end - start, programs),)](
-        t["chunks"], t["pointers"], t["layout"], t["hyper"], t["multiplier"], t["partial"], bank, start, end, *flags,
+    elementwise.momentum_kernel[(end - start,)](
+        t["chunks"], t["pointers"], t["layout"], t["hyper"], t["multiplier"], t["partial"], bank, start, *flags,
         num_warps=_WARPS,
     )  # fmt: skip
     elementwise.norm_kernel[(last - first,)](
         t["starts"], t["gains"], t["partial"], t["multiplier"], t["active"], t["late"], t["redo"], t["scale"], first,
-        1024, num_warps=_WARPS, **early,
+        1024, num_warps=_WARPS,
     )  # fmt: skip
     elementwise.settle_kernel[(last - first, 32)](
         t["starts"], t["pointers"], t["layout"], t["hyper"], t["partial"], t["late"], t["redo"], bank, first, *flags,
-        num_warps=_WARPS, **early,
+        num_warps=_WARPS,
     )  # fmt: skip
 
 
-def _after(
-    run: Launch, first: int, start: int, last: int, end: int, programs: int, t: dict[str, Tensor], bank: Tensor,
-    early: Mapping[str, bool],
-) -> None:  # fmt: skip
-    elementwise.apply_kernel[(min(end - start, programs),)](
-        t["chunks"], t["pointers"], t["layout"], t["hyper"], t["factors"], t["active"], bank, start, end,
+def _after(run: Launch, first: int, start: int, last: int, end: int, t: dict[str, Tensor], bank: Tensor) -> None:
+    """Decay and application of the same matrices."""
+    elementwise.apply_kernel[(end - start,)](
+        t["chunks"], t["pointers"], t["layout"], t["hyper"], t["factors"], t["active"], bank, start,
         _TYPES[run.dtypes[0]], run.cautious, run.skip_idle, run.flat, run.align, elementwise.CHUNK, num_warps=_WARPS,
-        **early,
     )  # fmt: skip
 
 

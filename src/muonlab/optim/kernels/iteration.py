@@ -5,7 +5,6 @@ polynomials (Gram Newton-Schulz, https://dao-ailab.github.io/blog/2026/gram-newt
 standard iteration. With m <= n and symmetric products at half price, T steps in B blocks cost 3 B m^2 n + (4 T - 3 B) m^3.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,14 +14,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from muonlab.optim.coefficients import Step
-from muonlab.optim.kernels import products, succession
+from muonlab.optim.kernels import products
 from muonlab.optim.polar import newton_schulz
 
 # R is kept times this: its entries, of the order of 1/m, stay clear of fp16's subnormal numbers.
 GAIN = 4096.0
-LONG = math.inf
-"""From this n/m on the last two steps of five are one block: 3.0 pays, but where singular values span half a decade its error
-is up to 1.4 times that of the standard fp16 iteration (0.0014 to 0.0011)."""
 
 
 @dataclass
@@ -86,17 +82,15 @@ def pitch_of(cols: int) -> int:
     return -(-cols // 8) * 8
 
 
-def blocks_of(m: int, n: float, steps: int, method: str = "auto") -> tuple[int, ...]:
-    """How many steps each block takes, for matrices with smaller side `m` and larger side `n` (of several: their mean).
+def blocks_of(m: int, steps: int, method: str = "auto") -> tuple[int, ...]:
+    """How many steps each block takes, for matrices with smaller side `m`.
 
-    "gram" is three steps, then one by one (or two: `LONG`): the longest block whose error against fp64 stays within 1.2 times
-    that of the standard fp16 iteration on all spectra from flat to 1e-7. "standard" is one by one. "auto" is gram except for small matrices, whose products cost little and where the error of a block is larger.
+    "gram" is three steps, then one by one: the longest block whose error against fp64 stays within 1.2 times that of the
+    standard fp16 iteration on all spectra from flat to 1e-7 (a longer one, or a last block of two, does not). "standard" is
+    one by one. "auto" is gram except for small matrices, whose products cost little and where the error of a block is larger.
     """
-    if steps < 3 or method == "standard" or (method == "auto" and m < 256):
-        return (1,) * steps
-    if steps == 5 and n >= LONG * m:
-        return 3, 2
-    return (3, *[1] * (steps - 3))
+    gram = method == "gram" or (method == "auto" and m >= 256)
+    return (3, *[1] * (steps - 3)) if gram and steps >= 3 else (1,) * steps
 
 
 def iterate(
@@ -184,7 +178,6 @@ def _gram(section: Section, out: Symmetric, scale: Tensor | None, keep_rest: boo
         WIDE=section.wide,
         SCALED=scale is not None,
         KEEP_REST=keep_rest,
-        **succession.options(section.x.device),
     )
 
 
@@ -213,7 +206,6 @@ def _symmetric(
         SAME=same,
         HAS_REST=has_rest,
         KEEP_REST=out.rest is not None,
-        **succession.options(a.off.device),
     )
 
 
@@ -235,7 +227,6 @@ def _product(a: Symmetric, section: Section, scale: Tensor | None) -> None:
         n,
         WIDE=section.wide,
         SCALED=scale is not None,
-        **succession.options(section.x.device),
     )
 
 

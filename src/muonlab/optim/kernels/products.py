@@ -20,8 +20,6 @@ import os
 import triton
 import triton.language as tl
 
-from muonlab.optim.kernels.succession import follow
-
 REST = tl.constexpr(2048.0)
 
 # Triton's interpreter cannot time anything: one small configuration.
@@ -190,9 +188,7 @@ def gram_kernel(
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
     PIECES: tl.constexpr,
-    EARLY: tl.constexpr = False,
 ):
-    follow(EARLY)
     i, j = _lower_tile(tl.program_id(0))
     z = tl.program_id(1)
     value = tl.zeros([BLOCK, BLOCK], tl.float32)
@@ -282,9 +278,7 @@ def symmetric_kernel(
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
     PIECES: tl.constexpr,
-    EARLY: tl.constexpr = False,
 ):
-    follow(EARLY)
     i, j = _lower_tile(tl.program_id(0))
     z = tl.program_id(1)
     value = tl.zeros([BLOCK, BLOCK], tl.float32)
@@ -325,9 +319,7 @@ def product_kernel(
     BLOCK: tl.constexpr,  # along the rows of Y
     BREADTH: tl.constexpr,  # along its columns
     DEPTH: tl.constexpr,
-    EARLY: tl.constexpr = False,
 ):
-    follow(EARLY)
     z = tl.program_id(1)
     across = tl.cdiv(n if WIDE else m, BREADTH)
     i = tl.program_id(0) // across
