@@ -19,7 +19,11 @@ from muonlab.bench.rows import Measure, rows
 from muonlab.errors import InputError
 from muonlab.training.tracking import write_json
 
+Finish = Callable[[dict[str, Any]], list[dict[str, Any]]]
+"""What is measured -> the rows of the result."""
 SCHEMA = 1
+STEP_S = 100.0
+"""Seconds for one optimizer on one set, compilation included; a peer that tunes for longer is a failed row."""
 BUDGET_S = 480.0
 """Seconds in which `run_all` ends on a GPU; rows that would begin later are left out and say so."""
 
@@ -74,21 +78,21 @@ class Session:
         self.result["rates"] = self.rates
         self.say(tables.heading(self.result))
 
-    def rows(self, measure: Measure, specs: Sequence[dict[str, Any]], limit_s: float) -> list[dict[str, Any]]:
-        """Measured rows, each announced as soon as it is known."""
+    def rows(
+        self, measure: Measure, specs: Sequence[dict[str, Any]], limit_s: float, finish: Finish
+    ) -> list[dict[str, Any]]:
+        """Measured rows, each announced and, as `finish` makes it, in the file before the next one begins."""
         found = []
         for row in rows(measure, specs, isolate=self.isolate, limit_s=limit_s, deadline=self.end):
             what = [str(row[key]) for key in ("set", "model", "peer", "program", "optimizer") if key in row]
             outcome = row.get("failed") or row.get("skipped")
             self.say(f"  {' '.join(what)}{': ' + outcome if outcome else ''}")
-            found.append(row)
+            new = finish(row)
+            self.result["rows"] += new
+            if self.output is not None:
+                write_json(self.output, self.result)
+            found += new
         return found
-
-    def add(self, new: Sequence[dict[str, Any]]) -> None:
-        """Rows into the result and the result into its file."""
-        self.result["rows"] += new
-        if self.output is not None:
-            write_json(self.output, self.result)
 
     def draw(self, points: Sequence[Point]) -> None:
         if self.output is None or not points:
@@ -107,8 +111,7 @@ def run_step(session: Session, sets: Sequence[str], names: Sequence[str], repeat
     session.begin()
     for one in sets:
         specs = step.specs([one], names, device, session.threads, repeats)
-        new = [step.with_floor(row, session.rates) for row in session.rows(step.measure, specs, 150.0)]
-        session.add(new)
+        new = session.rows(step.measure, specs, STEP_S, lambda row: [step.with_floor(row, session.rates)])
         session.say(tables.step_table(one, new))
         found += new
     session.draw(step_points(found))
@@ -129,13 +132,13 @@ def run_train(
     train.specs(models, *arguments)
     session.begin()
     found: list[dict[str, Any]] = []
+    peak = session.result["stated_peak_flops"]
     for model in models:
-        new: list[dict[str, Any]] = []
         with empty_caches() if session.isolate else contextlib.nullcontext():
-            results = session.rows(train.measure, train.specs([model], *arguments), 240.0)
-        for result in results:
-            new += train.with_utilisation(result, session.rates, session.result["stated_peak_flops"])
-        session.add(new)
+            specs = train.specs([model], *arguments)
+            new = session.rows(
+                train.measure, specs, 240.0, lambda row: train.with_utilisation(row, session.rates, peak)
+            )
         session.say(tables.train_table(model, new))
         found += new
     session.draw(train_points(found))
@@ -148,8 +151,7 @@ def run_profile(
     """The kernels of one update of every named model: the rows, printed and written."""
     specs = profile.specs(models, wanted, optimizers, str(session.device), session.threads, updates)
     session.begin()
-    found = session.rows(profile.measure, specs, 240.0)
-    session.add(found)
+    found = session.rows(profile.measure, specs, 240.0, lambda row: [row])
     for row in found:
         session.say(tables.profile_table(row))
     session.draw(profile_points(found))
