@@ -5,6 +5,7 @@ Each has exact gradients in every dtype.
 
 import functools
 import importlib.util
+import warnings
 from typing import Any
 
 import torch
@@ -175,9 +176,12 @@ def _triton_drops(device: int) -> bool:
         y = dropout_kernels.forward(x, torch.ones(1, dtype=torch.int64, device=x.device), 0.25)
         kept = y[y != 0].float()
         right = abs(kept.numel() / x.numel() - 0.75) < 0.05 and torch.allclose(kept, F.silu(x[:1].float()) / 0.75, 1e-2)
-        return right
-    except Exception:  # a compiler's failure may be of any kind; torch's own operations do the same
-        return False
+        reason = "they drop the wrong entries"
+    except Exception as error:  # a compiler's failure may be of any kind
+        right, reason = False, (str(error).splitlines() or [type(error).__name__])[0][:100]
+    if not right:
+        warnings.warn(f"dropout's Triton kernels are not used on this GPU ({reason}): slower", stacklevel=2)
+    return right
 
 
 class _GatherRows(torch.autograd.Function):
