@@ -3,8 +3,8 @@
     python benchmarks/gram_blocks.py -o benchmarks/results/gram_blocks.json
 
 A block of L steps forms R = X X^T once and multiplies X once by Q (Gram Newton-Schulz); blocks of one are the standard
-iteration. `plain` rounds every matrix to fp16 as it is; `split` keeps diagonals in fp32 and adds R and W R with what rounding
-took away, as `muonlab.optim.kernels` does. Printed is the error against fp64 of the same polynomial over that of the plain
+iteration. `plain` rounds every matrix to fp16 as it is; the others keep diagonals in fp32 and add with what rounding took away: `split`
+R = X X^T and W R, `split R` R alone, as `muonlab.optim.kernels` does, `split W R` that alone, `diagonal` neither. Printed is the error against fp64 of the same polynomial over that of the plain
 standard iteration on the same matrix; spectra are log-spaced over the decades given.
 """
 
@@ -19,6 +19,14 @@ from torch import Tensor
 from muonlab.optim.coefficients import Step, resolve
 
 BLOCKS = ((1, 1, 1, 1, 1), (2, 3), (3, 2), (1, 2, 2), (3, 1, 1))
+RESTS = {
+    "plain": None,
+    "diagonal": (False, False),
+    "split W R": (False, True),
+    "split R": (True, False),
+    "split": (True, True),
+}
+"""Whether R and W R are added with their rests; None: diagonals are rounded too."""
 DECADES = (0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -5.0, -7.0)
 
 
@@ -35,8 +43,10 @@ def mirrored(x: Tensor) -> Tensor:
     return x.tril() + x.tril(-1).mT
 
 
-def iterate(x: Tensor, steps: Sequence[Step], blocks: Sequence[int], split: bool) -> Tensor:
+def iterate(x: Tensor, steps: Sequence[Step], blocks: Sequence[int], rests: tuple[bool, bool] | None) -> Tensor:
     """`x` [m, n] of norm 1, every product in fp32, every result that the kernels store rounded."""
+    split = rests is not None
+    rest_r, rest_t = rests or (False, False)
     remaining = list(steps)
     identity = product = torch.eye(len(x))
     for length in blocks:
@@ -44,11 +54,10 @@ def iterate(x: Tensor, steps: Sequence[Step], blocks: Sequence[int], split: bool
         exact = x @ x.mT
         for i, (a, b, c) in enumerate(now):
             gram = rounded(exact, split)
-            addend = exact if split else gram
-            z = rounded(mirrored(b * addend + c * (gram @ gram)), split)
+            z = rounded(mirrored(b * gram + c * (gram @ gram)), split)
             if i + 1 < length:
-                half = mirrored(a * addend + z @ gram)
-                exact = mirrored(a * (half if split else fp16(half)) + rounded(half, split) @ z)
+                t = mirrored(a * (exact if rest_r else gram) + z @ gram)
+                exact = mirrored(a * (t if rest_t else rounded(t, split)) + rounded(t, split) @ z)
             if i == 0:
                 product = a * identity + z if split else fp16(a * identity + z)
             elif split:
@@ -84,21 +93,19 @@ def main() -> None:
         m, n = (int(size) for size in shape.split("x"))
         cases = {decades: matrix(m, n, decades) for decades in DECADES}
         standard: dict[float, float] = {}
-        for split in (False, True):
+        for name, rests in RESTS.items():
             for blocks in BLOCKS:
                 errors = {}
                 for decades, (x, exact) in cases.items():
-                    result = iterate(fp16(x.float()), steps, blocks, split).double()
+                    result = iterate(fp16(x.float()), steps, blocks, rests).double()
                     errors[decades] = float((result - exact).norm() / exact.norm())
                 standard = standard or errors
                 ratios = {decades: error / standard[decades] for decades, error in errors.items()}
                 rows.append(
-                    {"shape": [m, n], "split": split, "blocks": list(blocks), "errors": errors, "ratios": ratios}
+                    {"shape": [m, n], "rests": name, "blocks": list(blocks), "errors": errors, "ratios": ratios}
                 )
                 cells = "  ".join(f"{ratio:6.2f}" for ratio in ratios.values())
-                print(
-                    f"{shape:9} {'split' if split else 'plain'}  {blocks!s:16} {cells}  max {max(errors.values()):.4f}"
-                )
+                print(f"{shape:9} {name:9}  {blocks!s:16} {cells}  max {max(errors.values()):.4f}")
     if arguments.output:
         arguments.output.write_text(json.dumps({"decades": DECADES, "rows": rows}, indent=1) + "\n")
 

@@ -100,13 +100,15 @@ def test_error_of_the_update_is_at_most_that_of_the_standard_fp16_iteration_and_
         assert error <= 0.03 or min(shape) < 100, decades
 
 
+@pytest.mark.parametrize("exact", [0, 10_000])
 @pytest.mark.parametrize("blocks", [(1, 1, 1, 1, 1), (3, 1, 1), (3, 2)])
 @pytest.mark.parametrize("shape", ((300, 712), (1200, 300)) if GPU else ((24, 40), (40, 24)))
 def test_steps_in_blocks_of_any_length_make_the_same_polynomial(
-    shape: tuple[int, int], blocks: tuple[int, ...]
+    shape: tuple[int, int], blocks: tuple[int, ...], exact: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from muonlab.optim.kernels import iteration
 
+    monkeypatch.setattr(iteration, "EXACT", exact)
     count, (rows, cols), m = 3, shape, min(shape)
     matrices = [log_spaced(rows, cols, decades) for decades in (0.0, -1.0, -3.0)]
     x = torch.zeros(count, rows, iteration.pitch_of(cols), dtype=torch.float16, device=DEVICE)

@@ -221,7 +221,7 @@ def slices_of(ordered: Sequence[Matrix], first: int, last: int, budget: int, par
 
 
 def matrix_bytes(matrix: Matrix) -> int:
-    """Bytes of workspace for one matrix: two banks of its shape, seven symmetric ones."""
+    """Bytes of workspace for one matrix: two banks of its shape, at most seven symmetric ones."""
     pitch = -(-matrix.short // 8) * 8
     return 2 * (2 * matrix.rows * matrix.pitch + 7 * matrix.short * pitch)
 
