@@ -19,7 +19,7 @@ if not GPU:
             pytest.skip("Triton's interpreter needs numpy < 2.4", allow_module_level=True)
     except ImportError:
         pytest.skip("Triton's interpreter needs numpy", allow_module_level=True)
-from muonlab.models import dropout_kernels, head_kernels  # noqa: E402  (after TRITON_INTERPRET)
+from muonlab.models import dropout_kernels, head, head_kernels  # noqa: E402  (after TRITON_INTERPRET)
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 # The interpreter multiplies fp16 alone.
@@ -56,6 +56,42 @@ def test_a_head_without_logits_has_their_statistics_and_exact_gradients(n: int, 
     slopes = torch.randn(2, n, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     (exact,) = torch.autograd.grad((chosen * slopes[0] + lse * slopes[1]).sum(), head)
     assert close(head_kernels.backward(h, weight, targets, ours, slopes[0], slopes[1]), exact)
+
+
+@pytest.mark.parametrize("which", ["lse", "target_logit", "both"])
+def test_a_sum_of_statistics_has_exact_gradients_and_targets_may_be_strided(
+    which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient of a sum is one number, expanded; a kernel that reads it as a vector reads outside of it."""
+    monkeypatch.setattr(head, "_kernels", lambda device: head_kernels)
+    h, weight, _ = problem(20, 33, 16)
+    h, weight = h.requires_grad_(), weight.float().requires_grad_()
+    targets = torch.randint(33, (20, 2), generator=torch.Generator().manual_seed(1)).to(DEVICE)[:, 1]
+    target_logit, lse, _, _ = head._NarrowHead.apply(h, weight, targets, 1 << 20)
+    parts = {"lse": lse.sum(), "target_logit": target_logit.sum(), "both": (lse - target_logit).sum()}
+    wide, exact = h.detach().double().requires_grad_(), weight.detach().to(DTYPE).double().requires_grad_()
+    logits = wide @ exact.T
+    chosen = logits.gather(1, targets[:, None])[:, 0]
+    sums = {"lse": logits.logsumexp(-1), "target_logit": chosen, "both": logits.logsumexp(-1) - chosen}
+    for ours, theirs in zip(
+        torch.autograd.grad(parts[which], [h, weight]), torch.autograd.grad(sums[which].sum(), [wide, exact])
+    ):
+        assert close(ours, theirs)
+
+
+def test_a_target_outside_of_the_vocabulary_makes_the_loss_nan() -> None:
+    h, weight, targets = problem(10, 50, 16)
+    targets[2], targets[5] = -100, 50
+    for found in (head_kernels.forward(h, weight, targets)[0], head_kernels.softmax(h @ weight.T, targets)[1]):
+        assert found.isnan().nonzero().flatten().tolist() == [2, 5]
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_hidden_states_may_begin_anywhere(offset: int) -> None:
+    h, weight, targets = problem(9, 20, 16)
+    moved = torch.empty(9 * 16 + 1, dtype=h.dtype, device=DEVICE)[offset : offset + 9 * 16].view(9, 16).copy_(h)
+    for ours, same in zip(head_kernels.forward(moved, weight, targets), head_kernels.forward(h, weight, targets)):
+        assert torch.equal(ours, same)
 
 
 @pytest.mark.parametrize("whole", [65536, 100])

@@ -43,10 +43,12 @@ def head_stats(
             the backward pass; else they are computed again there, chunk by chunk.
         equal_weights: promise that the loss weighs every token's `lse` the same (a mean of cross-entropies, smoothed or
             not). Its gradient is then made chunk by chunk in the forward pass, no logits are kept and none computed
-            twice. Breaking the promise is an error in the backward pass.
+            twice. Breaking the promise is an error in the backward pass, except where the promise is not needed (tile by
+            tile).
 
     Returns:
-        Sums and logits in fp32 (fp64 for fp64 input), differentiable in `h` and `weight` except `correct`.
+        Sums in fp32 (fp64 for fp64 input), differentiable in `h` and `weight` except `correct`; those of bf16 logits with
+        `equal_weights` on a GPU, else of fp32 ones. A target outside of the vocabulary is an error or NaN.
     """
     h = h.to(autocast_dtype(h))
     with without_autocast(h):
@@ -100,7 +102,8 @@ class _Head(torch.autograd.Function):
     def forward(h: Tensor, weight: Tensor, targets: Tensor, chunk_bytes: int, ahead: bool) -> tuple[Tensor, ...]:
         weight = weight.to(h.dtype)
         dtype = torch.promote_types(h.dtype, torch.float32)
-        fused = ahead and h.is_cuda and h.dtype in (torch.bfloat16, torch.float16)
+        # fp16 would overflow where fp32 logits do not
+        fused = ahead and h.is_cuda and h.dtype == torch.bfloat16
         kept = torch.empty(0, dtype=dtype, device=h.device)
         product: Tensor | None = None
         if ahead and h.device.type == "cpu":
@@ -198,7 +201,7 @@ def softmax_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tenso
     """Softmax of logits [N, V] in their dtype; the target's logit, the log-sum-exp [N] fp32; whether it is the largest [N]."""
     kernels = _kernels(logits.device)
     if kernels is not None:
-        return kernels.softmax(logits, targets)  # type: ignore[no-any-return]
+        return kernels.softmax(logits.contiguous(), targets.contiguous())  # type: ignore[no-any-return]
     p, target_logit, lse, correct = _softmax(logits.float(), targets)
     return p.to(logits.dtype), target_logit, lse, correct
 
@@ -215,7 +218,7 @@ def narrow_head(h: Tensor, weight: Tensor, targets: Tensor, chunk_bytes: int) ->
     contiguous in one half precision."""
     kernels = _kernels(h.device)
     if kernels is not None:
-        return kernels.forward(h, weight, targets)  # type: ignore[no-any-return]
+        return kernels.forward(h, weight, targets.contiguous())  # type: ignore[no-any-return]
     found = []
     for part in _chunks(h.shape[0], weight.shape[0], torch.float32, chunk_bytes // 2):
         p, target_logit, lse, correct = _softmax(_matmul(h[part], weight.T), targets[part])
@@ -237,7 +240,9 @@ def narrow_head_gradient(
     """Gradient in weight [V, d] fp32 from those of the target's logits and of their log-sum-exps [N] fp32."""
     kernels = _kernels(h.device)
     if kernels is not None:
-        return kernels.backward(h, weight, targets, lse, grad_target, grad_lse)  # type: ignore[no-any-return]
+        # the gradient of a sum is one number, expanded
+        dense = [x.contiguous() for x in (targets, lse, grad_target, grad_lse)]
+        return kernels.backward(h, weight, *dense)  # type: ignore[no-any-return]
     total = torch.zeros_like(weight, dtype=torch.float32)
     for part in _chunks(h.shape[0], weight.shape[0], torch.float32, chunk_bytes):
         p = _matmul(h[part], weight.T).sub_(lse[part, None]).exp_().to(h.dtype)

@@ -28,13 +28,13 @@ FORWARD, BACKWARD = (128, 128, 8, 3), (64, 64, 4, 3)
 """Tokens and ids of a tile, warps, stages of the pipeline."""
 
 
-def softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def softmax(logits: Tensor, targets: Tensor, whole: bool | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Softmax [N, V] in the dtype of `logits` [N, V]; target's logit, log-sum-exp [N] fp32; whether it is the largest [N] bool."""
     n, vocab = logits.shape
     p = torch.empty_like(logits)
     target_logit, lse = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(2))
     correct = torch.empty(n, dtype=torch.bool, device=logits.device)
-    whole = vocab <= WHOLE
+    whole = vocab <= WHOLE if whole is None else whole
     block = triton.next_power_of_2(vocab) if whole else PART
     softmax_kernel[(n,)](
         logits, p, targets, target_logit, lse, correct, vocab, whole, block, num_warps=min(max(block // 2048, 4), 16)
@@ -62,7 +62,9 @@ def forward(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor,
     target_logit, lse = (torch.empty(n, dtype=torch.float32, device=h.device) for _ in range(2))
     correct = torch.empty(n, dtype=torch.bool, device=h.device)
     expected = torch.empty(n, d, dtype=torch.float32, device=h.device)
-    merge_kernel[(triton.cdiv(n, 16),)](sums, outputs, target_logit, lse, correct, expected, n, d, parts, width, 16)
+    merge_kernel[(triton.cdiv(n, 16),)](
+        sums, outputs, targets, target_logit, lse, correct, expected, n, vocab, d, parts, width, 16
+    )
     return target_logit, lse, correct, expected
 
 
@@ -93,10 +95,12 @@ def disagreement(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> s
     p, lse = logits.softmax(-1), logits.logsumexp(-1)
     jumps = torch.zeros_like(p).scatter_(1, targets[:, None], slopes[0, :, None])
     low, target, *_ = softmax(logits.to(dtype), targets)
+    parts, *_ = softmax(logits.to(dtype), targets, whole=False)
     target_narrow, lse_narrow, _, expected = forward(h, weight, targets)
     gradient = backward(h, weight, targets, lse_narrow, slopes[0], slopes[1])
     pairs = {
         "softmax": (low.float(), p),
+        "softmax in parts": (parts.float(), p),
         "target's logit": (torch.cat([target, target_narrow]), logits.gather(1, targets[:, None])[:, 0].repeat(2)),
         "log-sum-exp": (lse_narrow, lse),
         "mean": (expected, p @ weight.float()),
@@ -110,7 +114,9 @@ def disagreement(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> s
 
 
 def _tiles(x: Tensor, rows: int, width: int) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, width])
+    # Descriptors begin at multiples of 16 bytes; the stride of a single row may be anything.
+    x = x if x.data_ptr() % 16 == 0 else x.clone()
+    return TensorDescriptor(x, list(x.shape), [x.shape[1], 1], [rows, width])
 
 
 def _parts(programs: int, most: int, device: torch.device) -> int:
@@ -163,7 +169,9 @@ def softmax_kernel(
             tl.store(
                 p + start + first + at, (tl.exp2((x - largest) * LOG2E) / total).to(p.dtype.element_ty), mask=inside
             )
-    t = tl.load(logits + start + tl.load(targets + row)).to(tl.float32)
+    target = tl.load(targets + row)
+    inside = (target >= 0) & (target < vocab)
+    t = tl.load(logits + start + target, mask=inside, other=float("nan")).to(tl.float32)
     tl.store(target_logit + row, t)
     tl.store(lse + row, largest + tl.log(total))
     tl.store(correct + row, t >= largest)
@@ -218,7 +226,19 @@ def forward_kernel(
 
 @triton.jit
 def merge_kernel(
-    sums, outputs, target_logit, lse, correct, expected, n, d, parts, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    sums,
+    outputs,
+    targets,
+    target_logit,
+    lse,
+    correct,
+    expected,
+    n,
+    vocab,
+    d,
+    parts,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     cols = tl.arange(0, WIDTH)
@@ -236,6 +256,8 @@ def merge_kernel(
         found += tl.load(sums + part * 3 * n + rows, mask=inside, other=0.0)
         at = (part * n + rows)[:, None].to(tl.int64) * d + cols[None, :]
         output += share[:, None] * tl.load(outputs + at, mask=both, other=0.0)
+    target = tl.load(targets + rows, mask=inside, other=0)
+    found = tl.where((target >= 0) & (target < vocab), found, float("nan"))
     tl.store(target_logit + rows, found, mask=inside)
     tl.store(lse + rows, largest / LOG2E + tl.log(total), mask=inside)
     # `largest` went through one multiplication more.

@@ -94,7 +94,7 @@ class ExpertStack(nn.Module):
 
 
 def largest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest entries of each row of x [N, E] in descending order, and where they are [N, count].
+    """The `count` largest entries of each row of x [N, E] in descending order, and where they are [N, count]. x: finite.
 
     Maxima one after another, which a compiler fuses into what surrounds them; torch.topk on a GPU sorts in two kernels.
     """

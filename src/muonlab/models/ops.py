@@ -28,8 +28,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def silu_dropout(x: Tensor, p: float) -> Tensor:
     """dropout(silu(x), p), 0 < p < 1, with a mask from torch's global generator; in half precision on a GPU one Triton kernel."""
-    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and _drops_in_triton():
-        seed = torch.randint(2**31 - 1, (1,), device=x.device)
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and _drops_in_triton(x.get_device()):
+        seed = torch.randint(2**63 - 1, (1,), device=x.device)
         y: Tensor = _silu_dropout(x.contiguous(), seed, p)
         return y
     return F.dropout(F.silu(x), p)
@@ -160,8 +160,8 @@ _silu_dropout.register_autograd(_silu_dropout_gradient, setup_context=_keep_for_
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _drops_in_triton() -> bool:
-    return _triton_drops(torch.cuda.current_device())
+def _drops_in_triton(device: int) -> bool:
+    return _triton_drops(device)
 
 
 @functools.cache
@@ -173,9 +173,13 @@ def _triton_drops(device: int) -> bool:
         from muonlab.models import dropout_kernels
 
         x = torch.full((1 << 14,), 2.0, dtype=torch.bfloat16, device=f"cuda:{device}")
-        y = dropout_kernels.forward(x, torch.ones(1, dtype=torch.int64, device=x.device), 0.25)
-        kept = y[y != 0].float()
-        right = abs(kept.numel() / x.numel() - 0.75) < 0.05 and torch.allclose(kept, F.silu(x[:1].float()) / 0.75, 1e-2)
+        seed = torch.ones(1, dtype=torch.int64, device=x.device)
+        y, slopes = dropout_kernels.forward(x, seed, 0.25), dropout_kernels.backward(torch.ones_like(x), x, seed, 0.25)
+        kept = y != 0
+        s = torch.sigmoid(x[:1].float())
+        right = abs(kept.float().mean().item() - 0.75) < 0.05
+        right &= torch.allclose(y.float(), kept * 2 * s / 0.75, 1e-2)
+        right &= torch.allclose(slopes.float(), kept * s * (3 - 2 * s) / 0.75, 1e-2)
         reason = "they drop the wrong entries"
     except Exception as error:  # a compiler's failure may be of any kind
         right, reason = False, (str(error).splitlines() or [type(error).__name__])[0][:100]

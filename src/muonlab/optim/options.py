@@ -262,7 +262,7 @@ class MuonOptions(OptimizerOptions):
     """Matrices whose whole gradient is zero, such as experts without a token: leave them as they are, let their old momentum
     move them ever less, or at full speed."""
     max_workspace_bytes: int | None = None
-    """Bound on temporary memory of one step; not set: a cache-sized chunk on CPU, a quarter of the matrices elsewhere."""
+    """Temporary memory of one step, about; not set: a cache-sized chunk on CPU, a quarter of the matrices elsewhere."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

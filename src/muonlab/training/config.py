@@ -205,6 +205,9 @@ def resolve_machine(config: RunConfig[Any]) -> RunConfig[Any]:
             kind = device = "cuda" if torch.cuda.is_available() else "cpu"
         if not {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[kind]:
             raise InputError(f"training.device is {device!r} but torch sees no such device here; use cpu or auto")
+        index = device.partition(":")[2]
+        if kind == "cuda" and index and not (index.isdigit() and int(index) < torch.cuda.device_count()):
+            raise InputError(f"training.device is {device!r} but torch sees {torch.cuda.device_count()} CUDA device(s)")
         if precision == "auto" and kind == "cuda" and torch.cuda.is_bf16_supported():
             precision = "bf16"
         threads = threads or torch.get_num_threads()
@@ -213,7 +216,7 @@ def resolve_machine(config: RunConfig[Any]) -> RunConfig[Any]:
     if precision == "fp16" and kind != "cuda":
         raise InputError("training.precision fp16 scales the loss on CUDA only; use fp32 or bf16 on this device")
     program = choose_program(training.program, device, precision)
-    chunk = training.logit_chunk_bytes or {"cpu": 32 << 20, "mps": 512 << 20}.get(kind) or _memory(device) // 32
+    chunk = training.logit_chunk_bytes or {"cpu": 32 << 20, "mps": 512 << 20}.get(kind) or _share_of_memory(device)
     return replace(
         config,
         training={
@@ -226,11 +229,11 @@ def resolve_machine(config: RunConfig[Any]) -> RunConfig[Any]:
     )
 
 
-def _memory(device: str) -> int:
-    """Bytes of a CUDA device."""
+def _share_of_memory(device: str) -> int:
+    """About a 32nd of a CUDA device's bytes: a power of two, because it is part of a run's identity."""
     import torch
 
-    return int(torch.cuda.get_device_properties(device).total_memory)
+    return 1 << (int(torch.cuda.get_device_properties(device).total_memory) // 32).bit_length() - 1
 
 
 def choose_program(wanted: str, device: str, precision: str) -> str:

@@ -52,6 +52,8 @@ def run(
     Raises InputError for bad input, a directory of another run, another process on the same one, or a full disk.
     """
     config, dataset = resolve(config, fallback=fallback, progress=progress)
+    if config.training.device.startswith("cuda:"):
+        torch.cuda.set_device(config.training.device)  # kernels are launched on the current one
     identity = run_id(config, dataset.checksum)
     path = Path(directory) if directory is not None else Path(root) / f"{config.name}-{identity}"
     files = RunDirectory(path, identity)

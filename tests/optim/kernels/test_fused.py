@@ -121,6 +121,43 @@ def test_steps_in_blocks_of_any_length_make_the_same_polynomial(
         assert relative(made, polynomial(matrix, torch.float64)) < (0.03 if m >= 128 else 0.06)
 
 
+@pytest.mark.parametrize("change", ["clear", "pop", "replace"])
+@pytest.mark.usefixtures("plain")
+def test_state_that_is_replaced_is_noticed(change: str) -> None:
+    params = params_like((SHAPE, OTHER))
+    fused = Fused(Muon(params, lr=0.02))
+    for param in params:
+        param.grad = torch.randn_like(param)
+    fused.step()
+    state = fused.optimizer.state
+    if change == "clear":
+        state.clear()
+    elif change == "pop":
+        state.pop(params[0])
+    else:
+        state[params[0]] = {name: torch.zeros_like(value) for name, value in state[params[0]].items()}
+    fused.step()
+    assert fused.plans == 2
+    assert fused.optimizer.state[params[0]]["momentum_buffer"].any()
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_step_after_a_replay_of_a_users_capture_reads_its_own_gradients() -> None:
+    ours, theirs = params_like((SHAPE,)), params_like((SHAPE,))
+    fused, twin = Fused(Muon(ours, lr=0.02)), Fused(Muon(theirs, lr=0.02))
+    for mine, other in zip(ours, theirs):
+        mine.grad = torch.randn_like(mine)
+        other.grad = mine.grad.clone()
+    fused.step(), twin.step()
+    plan = fused.plan
+    assert plan is not None
+    plan._captured.append(([], plan._pointers.clone()))
+    plan._pointers.zero_()  # what a replay leaves: the addresses of its capture
+    fused.step(), twin.step()
+    for mine, other in zip(ours, theirs):
+        assert torch.equal(mine, other)
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "heavy ball, no nesterov, cautious": {"heavy_ball": True, "nesterov": False, "cautious_decay": True},

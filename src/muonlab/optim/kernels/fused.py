@@ -48,7 +48,7 @@ class FusedStep:
         self._params = [list(group["params"]) for group in groups]
         self._signatures = [_Signature(group) for group in groups]
         self._members = [_look(param, group, make) for group in groups for param in group["params"]]
-        self._places = _Places(self._members)
+        self._places = _Places(self._members, states)
         self._device = self._members[0].param.device
         self._graph: torch.cuda.CUDAGraph | None = None
         self._gradients_now: list[int] | None = None
@@ -153,7 +153,8 @@ class FusedStep:
     # What may change from step to step.
 
     def _upload(self, gradients: list[int], values: list[float]) -> None:
-        if gradients == self._gradients_now and values == self._hyper_now:
+        # A replay of a user's capture, which nobody here sees, leaves its own addresses on the device.
+        if not self._captured and gradients == self._gradients_now and values == self._hyper_now:
             return
         self._host_gradients.copy_(torch.tensor(gradients))
         self._host_hyper.copy_(torch.tensor(values))
@@ -164,7 +165,7 @@ class FusedStep:
 
     def _upload_captured(self, gradients: list[int]) -> bool:
         # The copy becomes part of the user's graph and reads pinned memory at every replay: a table for each capture that
-        # has addresses of its own. Plain numbers of the groups are baked in, as they are in torch's own optimizers.
+        # has addresses of its own. Plain numbers of the groups stay those of the last step outside of a capture.
         table = next((table for known, table in self._captured if known == gradients), None)
         if table is None:
             if not self._spare:
@@ -356,7 +357,10 @@ class _Member(NamedTuple):
 class _Places:
     """Where everything was when the plan was made, in lists that are compared as fast as Python can."""
 
-    def __init__(self, members: list[_Member]) -> None:
+    def __init__(self, members: list[_Member], states: Mapping[Tensor, Any]) -> None:
+        owners = [member for member in members if member.kept]
+        self._find, self._owners = states.get, [member.param for member in owners]
+        self._held = [member.kept[0][0] for member in owners]
         self._params = [member.param for member in members]
         self._addresses = [member.address for member in members]
         self._strides = [member.stride for member in members]
@@ -368,6 +372,8 @@ class _Places:
         """Addresses of all gradients (0: none); None where anything else is not as it was."""
         params = self._params
         if list(map(_data_ptr, params)) != self._addresses or list(map(_stride, params)) != self._strides:
+            return None
+        if not all(map(operator.is_, map(self._find, self._owners), self._held)):
             return None
         if not all(map(operator.is_, map(_get, self._states, self._names), self._values)):
             return None

@@ -141,8 +141,9 @@ def tune(sections: Sequence[Section], work: Workspace, steps: Sequence[Step], bl
     """
     scale = torch.empty(sum(len(section.x) for section in sections), device=work.gram.off.device)
     samples = []
+    generator = torch.Generator(scale.device).manual_seed(0)  # the user's own is not touched
     for section in sections:
-        section.x.normal_()
+        section.x.normal_(generator=generator)
         own = section.x[:, :, : section.cols]
         norms = torch.linalg.vector_norm(own, dim=(1, 2), dtype=torch.float32)
         scale[section.first : section.first + len(own)] = 1 / norms

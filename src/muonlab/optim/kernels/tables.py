@@ -1,4 +1,4 @@
-"""Which matrices an optimizer updates, in which order, and where they lie: plain data for `step.FusedStep`, no kernels.
+"""Which matrices an optimizer updates, in which order, and where they lie: plain data for `fused.FusedStep`, no kernels.
 
 A *matrix* is one of a parameter's view. Matrices are sorted so that those that share launches are neighbours:
 
@@ -206,7 +206,7 @@ def lanes_of(ordered: Sequence[Matrix], budget: int, processors: int) -> list[li
 
 
 def slices_of(ordered: Sequence[Matrix], first: int, last: int, budget: int, parts: int = 1) -> list[Slice]:
-    """A family, `ordered[first:last]`, in at least `parts` slices about equally large of at most `budget` bytes or one matrix."""
+    """A family, `ordered[first:last]`, in at least `parts` slices about equally large of about `budget` bytes at most, or one matrix."""
     sizes = [matrix_bytes(matrix) for matrix in ordered[first:last]]
     share = sum(sizes) / max(parts, math.ceil(sum(sizes) / budget))
     slices = []
