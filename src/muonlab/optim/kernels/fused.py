@@ -11,13 +11,14 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from muonlab.optim.kernels import State, Unsupported, elementwise, iteration, tables
+from muonlab.optim.kernels.places import Places, Signature, look
 from muonlab.optim.kernels.tables import Launch, Matrix, Slice
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -26,9 +27,6 @@ _WARPS = 8
 _CAPTURES = 8
 # Rounding gives errors of about 0.002 and 0.02 on random matrices, up to ten times as much on small square ones.
 _TOLERANCE = {torch.float16: 0.1, torch.bfloat16: 0.5}
-_data_ptr, _stride = Tensor.data_ptr, Tensor.stride
-_get: Callable[[Any, Any], Any] = dict.get
-_STATE = {"muon": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 
 
 class FusedStep:
@@ -46,9 +44,9 @@ class FusedStep:
     def __init__(self, groups: list[dict[str, Any]], states: Mapping[Tensor, Any], make: State) -> None:
         self._groups, self._states = groups, states
         self._params = [list(group["params"]) for group in groups]
-        self._signatures = [_Signature(group) for group in groups]
-        self._members = [_look(param, group, make) for group in groups for param in group["params"]]
-        self._places = _Places(self._members, states)
+        self._signatures = [Signature(group) for group in groups]
+        self._members = [look(param, group, make) for group in groups for param in group["params"]]
+        self._places = Places(self._members, states)
         self._device = self._members[0].param.device
         self._graph: torch.cuda.CUDAGraph | None = None
         self._gradients_now: list[int] | None = None
@@ -319,99 +317,6 @@ class FusedStep:
             )
 
 
-def _look(param: Tensor, group: dict[str, Any], make: State) -> "_Member":
-    grad = param.grad
-    if grad is None:
-        return _Member(param, param.data_ptr(), param.stride(), None, (), group, ())
-    names = _STATE[group["rule"]]
-    state = make(param, names, group.get("momentum_dtype", "auto"))
-    if group["rule"] == "adamw":
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        names = (*names, "step")
-    kept = tuple((state, name, state[name]) for name in names)
-    layout = (grad.dtype, grad.stride())
-    return _Member(
-        param, param.data_ptr(), param.stride(), layout, kept, group, tuple(t.data_ptr() for _, _, t in kept)
-    )
-
-
-class _Member(NamedTuple):
-    """A parameter as it was when the plan was made."""
-
-    param: Tensor
-    address: int
-    stride: tuple[int, ...]
-    layout: tuple[torch.dtype, tuple[int, ...]] | None
-    """Of the gradient; None if there was none."""
-    kept: tuple[tuple[dict[str, Any], str, Tensor], ...]
-    """State tensors in the order of the address table, each with the dictionary that holds it."""
-    group: dict[str, Any]
-    places: tuple[int, ...]
-
-    def addresses(self) -> list[int]:
-        """A row of the address table, without the gradient."""
-        return [self.address, 0, *self.places, *[0] * (elementwise.POINTERS.value - 2 - len(self.places))]
-
-
-class _Places:
-    """Where everything was when the plan was made, in lists that are compared as fast as Python can."""
-
-    def __init__(self, members: list[_Member], states: Mapping[Tensor, Any]) -> None:
-        owners = [member for member in members if member.kept]
-        self._find, self._owners = states.get, [member.param for member in owners]
-        self._held = [member.kept[0][0] for member in owners]
-        self._params = [member.param for member in members]
-        self._addresses = [member.address for member in members]
-        self._strides = [member.stride for member in members]
-        self._layouts = [member.layout for member in members]
-        kept = [entry for member in members for entry in member.kept]
-        self._states, self._names, self._values = ([entry[i] for entry in kept] for i in range(3))
-
-    def gradients(self) -> list[int] | None:
-        """Addresses of all gradients (0: none); None where anything else is not as it was."""
-        params = self._params
-        if list(map(_data_ptr, params)) != self._addresses or list(map(_stride, params)) != self._strides:
-            return None
-        if not all(map(operator.is_, map(self._find, self._owners), self._held)):
-            return None
-        if not all(map(operator.is_, map(_get, self._states, self._names), self._values)):
-            return None
-        found = []
-        try:
-            for param, layout in zip(params, self._layouts):
-                grad = param.grad
-                if grad is None:
-                    found.append(0)
-                elif layout is None or grad.stride() != layout[1] or grad.dtype is not layout[0]:
-                    return None
-                else:
-                    found.append(grad.data_ptr())
-        except RuntimeError:  # a sparse gradient has no strides
-            return None
-        return found
-
-
-class _Signature:
-    """The options of a group that a plan was made for."""
-
-    def __init__(self, group: Mapping[str, Any]) -> None:
-        self._values = _options(group)
-        self._pick = operator.itemgetter(*(name for name, _ in self._values))
-        self._picked = self._pick(group)
-        self._size = len(group)
-
-    def fits(self, group: Mapping[str, Any]) -> bool:
-        if len(group) != self._size:  # an option more or less; one that a scheduler keeps there is none
-            if _options(group) != self._values:
-                return False
-            self._size = len(group)
-        try:
-            return bool(self._pick(group) == self._picked)
-        except KeyError:
-            return False
-
-
 def _index(groups: list[dict[str, Any]], group: dict[str, Any]) -> int:
     return next(i for i, other in enumerate(groups) if other is group)
 
@@ -468,14 +373,6 @@ def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
     beta1, beta2 = (float(beta) for beta in group["betas"])
     logs = [math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2)]
     return lr, group["weight_decay"], *logs, group["eps"], 1 - beta1, 1 - beta2, 0.0
-
-
-_MOVING = ("params", "param_names", "reasons", "lr", "block_lr", "weight_decay", "momentum", "betas", "eps", "updates")
-
-
-def _options(group: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Every option that a plan depends on."""
-    return tuple((k, v) for k, v in group.items() if k not in _MOVING and k[:8] != "initial_")
 
 
 def _gain(matrix: Matrix) -> float:

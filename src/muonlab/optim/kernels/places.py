@@ -1,0 +1,113 @@
+"""What a plan was made for, and whether all of it is still the same: parameters, state, layouts of gradients, options."""
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from muonlab.optim.kernels import State, elementwise
+
+_data_ptr, _stride = Tensor.data_ptr, Tensor.stride
+_get: Callable[[Any, Any], Any] = dict.get
+_STATE = {"muon": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
+# What the device reads at every step, and names: no part of a plan.
+_MOVING = ("params", "param_names", "reasons", "lr", "block_lr", "weight_decay", "momentum", "betas", "eps", "updates")
+
+
+class Member(NamedTuple):
+    """A parameter as it was when the plan was made."""
+
+    param: Tensor
+    address: int
+    stride: tuple[int, ...]
+    layout: tuple[torch.dtype, tuple[int, ...]] | None
+    """Of the gradient; None if there was none."""
+    kept: tuple[tuple[dict[str, Any], str, Tensor], ...]
+    """State tensors in the order of the address table, each with the dictionary that holds it."""
+    group: dict[str, Any]
+    places: tuple[int, ...]
+
+    def addresses(self) -> list[int]:
+        """A row of the address table, without the gradient."""
+        return [self.address, 0, *self.places, *[0] * (elementwise.POINTERS.value - 2 - len(self.places))]
+
+
+def look(param: Tensor, group: dict[str, Any], make: State) -> Member:
+    """A parameter as it is now; with a gradient its state is made."""
+    grad = param.grad
+    if grad is None:
+        return Member(param, param.data_ptr(), param.stride(), None, (), group, ())
+    names = _STATE[group["rule"]]
+    state = make(param, names, group.get("momentum_dtype", "auto"))
+    if group["rule"] == "adamw":
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+        names = (*names, "step")
+    kept = tuple((state, name, state[name]) for name in names)
+    layout = (grad.dtype, grad.stride())
+    return Member(param, param.data_ptr(), param.stride(), layout, kept, group, tuple(t.data_ptr() for _, _, t in kept))
+
+
+class Places:
+    """Where everything was when the plan was made, in lists that are compared as fast as Python can."""
+
+    def __init__(self, members: list[Member], states: Mapping[Tensor, Any]) -> None:
+        owners = [member for member in members if member.kept]
+        self._find, self._owners = states.get, [member.param for member in owners]
+        self._held = [member.kept[0][0] for member in owners]
+        self._params = [member.param for member in members]
+        self._addresses = [member.address for member in members]
+        self._strides = [member.stride for member in members]
+        self._layouts = [member.layout for member in members]
+        kept = [entry for member in members for entry in member.kept]
+        self._states, self._names, self._values = ([entry[i] for entry in kept] for i in range(3))
+
+    def gradients(self) -> list[int] | None:
+        """Addresses of all gradients (0: none); None where anything else is not as it was."""
+        params = self._params
+        if list(map(_data_ptr, params)) != self._addresses or list(map(_stride, params)) != self._strides:
+            return None
+        if not all(map(operator.is_, map(self._find, self._owners), self._held)):
+            return None
+        if not all(map(operator.is_, map(_get, self._states, self._names), self._values)):
+            return None
+        found = []
+        try:
+            for param, layout in zip(params, self._layouts):
+                grad = param.grad
+                if grad is None:
+                    found.append(0)
+                elif layout is None or grad.stride() != layout[1] or grad.dtype is not layout[0]:
+                    return None
+                else:
+                    found.append(grad.data_ptr())
+        except RuntimeError:  # a sparse gradient has no strides
+            return None
+        return found
+
+
+class Signature:
+    """The options of a group that a plan was made for."""
+
+    def __init__(self, group: Mapping[str, Any]) -> None:
+        self._values = _options(group)
+        self._pick = operator.itemgetter(*(name for name, _ in self._values))
+        self._picked = self._pick(group)
+        self._size = len(group)
+
+    def fits(self, group: Mapping[str, Any]) -> bool:
+        if len(group) != self._size:  # an option more or less; one that a scheduler keeps there is none
+            if _options(group) != self._values:
+                return False
+            self._size = len(group)
+        try:
+            return bool(self._pick(group) == self._picked)
+        except KeyError:
+            return False
+
+
+def _options(group: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Every option that a plan depends on."""
+    return tuple((k, v) for k, v in group.items() if k not in _MOVING and k[:8] != "initial_")
