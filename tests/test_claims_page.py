@@ -26,3 +26,9 @@ def test_the_tables_of_a_report_are_those_of_its_evidence(name):
     for cell in summary["cells"]:
         half = (cell["interval"][1] - cell["interval"][0]) / 2
         assert f"| {cell['rank']} | `{cell['cell']}` | {cell['mean']:.4f} ± {half:.4f} |" in page
+
+
+def test_evidence_names_no_folder_of_the_machine_that_made_it():
+    for path in (ROOT / "docs" / "evidence").glob("*/comparison_summary.json"):
+        words = json.loads(path.read_text(encoding="utf-8"))["command"].split()
+        assert not [word for word in words if Path(word).is_absolute()], path

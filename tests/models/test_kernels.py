@@ -1,27 +1,13 @@
 """The Triton kernels of head and dropout against fp64: on a GPU as they are, elsewhere in Triton's interpreter."""
 
-import importlib.util
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.interpreted import DEVICE, GPU
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
-GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        import numpy
+# isort: split
+from muonlab.models import dropout_kernels, head, head_kernels
 
-        if tuple(int(part) for part in numpy.__version__.split(".")[:2]) >= (2, 4):
-            pytest.skip("Triton's interpreter needs numpy < 2.4", allow_module_level=True)
-    except ImportError:
-        pytest.skip("Triton's interpreter needs numpy", allow_module_level=True)
-from muonlab.models import dropout_kernels, head, head_kernels  # noqa: E402  (after TRITON_INTERPRET)
-
-DEVICE = torch.device("cuda" if GPU else "cpu")
 # The interpreter multiplies fp16 alone.
 DTYPE = torch.bfloat16 if GPU else torch.float16
 TOLERANCE = 1e-2 if GPU else 2e-3

@@ -1,8 +1,9 @@
 """The head: what any loss needs of the logits of a vocabulary, without ever holding all of them.
 
-Three ways, all with exact gradients. In chunks through torch, everywhere. On a GPU in half precision with `NARROW` or fewer
-hidden units, tile by tile in Triton: no logit is ever written to memory. On a GPU in half precision otherwise, in chunks
-whose softmax is one Triton kernel over logits in that precision, as a linear layer under autocast makes them.
+Three ways, all with exact gradients. In chunks through torch, everywhere. Training on a GPU in bf16 with `NARROW` or fewer
+hidden units, tile by tile in Triton: no logit is ever written to memory. Training on a GPU in bf16 otherwise, where the loss
+weighs tokens equally, in chunks whose softmax is one Triton kernel over bf16 logits, as a linear layer under autocast makes
+them.
 """
 
 import functools

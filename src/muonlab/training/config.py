@@ -230,10 +230,10 @@ def resolve_machine(config: RunConfig[Any]) -> RunConfig[Any]:
 
 
 def _share_of_memory(device: str) -> int:
-    """About a 32nd of a CUDA device's bytes: a power of two, because it is part of a run's identity."""
+    """A power of two of bytes, a 32nd to a 16th of a CUDA device's: coarse, because it is part of a run's identity."""
     import torch
 
-    return 1 << (int(torch.cuda.get_device_properties(device).total_memory) // 32).bit_length() - 1
+    return 1 << (int(torch.cuda.get_device_properties(device).total_memory) // 32).bit_length()
 
 
 def choose_program(wanted: str, device: str, precision: str) -> str:

@@ -1,30 +1,16 @@
 """The kernels against fp64 and against the plain step: on a GPU as they are, elsewhere in Triton's interpreter."""
 
-import importlib.util
-import os
 from typing import Any
 
 import pytest
 import torch
+from tests.interpreted import DEVICE, GPU
 from torch import Tensor, nn
 
 from muonlab import Muon
 from muonlab.optim import kernels
 from muonlab.optim.coefficients import resolve
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
-GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        import numpy
-
-        if tuple(int(part) for part in numpy.__version__.split(".")[:2]) >= (2, 4):
-            pytest.skip("Triton's interpreter needs numpy < 2.4", allow_module_level=True)
-    except ImportError:
-        pytest.skip("Triton's interpreter needs numpy", allow_module_level=True)
-DEVICE = torch.device("cuda" if GPU else "cpu")
 SPECTRA = (0.0, -1.0, -3.0, -5.0, -7.0)
 # An interpreted program takes milliseconds for what a GPU does in nanoseconds.
 SHAPES = ((384, 1536), (1792, 896), (128, 300)) if GPU else ((24, 40), (40, 24))
