@@ -319,3 +319,77 @@ def test_kernels_that_do_not_agree_with_torch_are_refused_before_anything_is_cha
     with pytest.raises(kernels.Unsupported, match="do not agree with torch"):
         Fused(Muon([param])).step()
     assert torch.equal(param, before)
+
+
+@pytest.mark.parametrize("change", ["other data", "other strides", "other dtype", "other strides of the parameter"])
+def test_a_tensor_that_changes_in_place_is_noticed(change: str) -> None:
+    param, _ = params = params_like((SHAPE, (33,)))
+    fused = Fused(Muon(params, lr=0.1))
+    for each in params:
+        each.grad = torch.randn_like(each)
+    fused.step()
+    before, grad = param.detach().clone(), param.grad
+    assert grad is not None
+    if change == "other data":
+        grad.data = torch.full_like(grad, torch.nan)
+    elif change == "other strides":
+        grad.data = grad.data.mT.contiguous().mT
+    elif change == "other dtype":
+        grad.data = grad.data.view(torch.int32).bfloat16()
+    else:
+        param.data = torch.as_strided(param.data, SHAPE, (1, SHAPE[0]))
+        before = param.detach().clone()
+    assert param.grad is grad
+    fused.step()
+    assert fused.plans == (1 if change == "other data" else 2)
+    assert param.isnan().all() if change == "other data" else not torch.equal(param, before)
+
+
+def test_state_of_other_parameters_may_come_and_go_and_costs_no_plan() -> None:
+    params = params_like((SHAPE, (33,)))
+    fused = Fused(Muon(params, lr=0.1))
+    other = nn.Parameter(torch.zeros(3))
+    for step in range(3):
+        if step == 1:
+            fused.optimizer.state[other] = {"exp_avg": torch.zeros(3)}
+        elif step == 2:
+            fused.optimizer.state.pop(other)
+        for param in params:
+            param.grad = torch.randn_like(param)
+        before = [param.detach().clone() for param in params]
+        fused.step()
+        assert not any(torch.equal(param, value) for param, value in zip(params, before))
+    assert fused.plans == 1
+
+
+def test_hyper_parameters_that_change_reach_the_device_whatever_numbers_they_are() -> None:
+    ours, theirs = params_like((SHAPE, (33,))), params_like((SHAPE, (33,)))
+    fused, twin = Fused(Muon(ours, lr=0.1)), Fused(Muon(theirs, lr=0.1))
+    for lr in (0.1, 1, torch.tensor(0.25), 0.0):
+        for mine, other in zip(ours, theirs):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        for group in fused.optimizer.param_groups:
+            group["lr"] = lr
+        for group in twin.optimizer.param_groups:
+            group["lr"] = float(lr)
+        before = [mine.detach().clone() for mine in ours]
+        fused.step()
+        twin.step()
+        assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs))
+        assert all(torch.equal(mine, value) for mine, value in zip(ours, before)) == (lr == 0.0)
+    assert fused.plans == 1
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_parameter_that_outgrew_its_state_is_refused(index: int) -> None:
+    params = params_like((SHAPE, (33,)))
+    fused = Fused(Muon(params, lr=0.1))
+    for param in params:
+        param.grad = torch.randn_like(param)
+    fused.step()
+    params[index].grad = None
+    params[index].data = torch.cat([params[index].data] * 2)
+    params[index].grad = torch.randn_like(params[index])
+    with pytest.raises(kernels.Unsupported, match="another shape"):
+        fused.step()

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from muonlab.optim.kernels import State, elementwise
+from muonlab.optim.kernels import State, Unsupported, elementwise
 
 _data_ptr, _stride = Tensor.data_ptr, Tensor.stride
 _get: Callable[[Any, Any], Any] = dict.get
@@ -41,6 +41,8 @@ def look(param: Tensor, group: dict[str, Any], make: State) -> Member:
         return Member(param, param.data_ptr(), param.stride(), None, (), group, ())
     names = _STATE[group["rule"]]
     state = make(param, names, group.get("momentum_dtype", "auto"))
+    if any(state[name].shape != param.shape for name in names):
+        raise Unsupported("state of another shape than its parameter")
     if group["rule"] == "adamw":
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
@@ -55,12 +57,13 @@ class Places:
 
     def __init__(self, members: list[Member], states: Mapping[Tensor, Any]) -> None:
         owners = [member for member in members if member.kept]
-        self._find, self._owners = states.get, [member.param for member in owners]
+        self._all, self._owners = states, [member.param for member in owners]
         self._held = [member.kept[0][0] for member in owners]
+        self._keys, self._entries = list(states), list(states.values())
         self._params = [member.param for member in members]
         self._addresses = [member.address for member in members]
         self._strides = [member.stride for member in members]
-        self._layouts = [member.layout for member in members]
+        self._grad_dtypes, self._grad_strides = zip(*(member.layout or (None, None) for member in members))
         kept = [entry for member in members for entry in member.kept]
         self._states, self._names, self._values = ([entry[i] for entry in kept] for i in range(3))
 
@@ -69,23 +72,31 @@ class Places:
         params = self._params
         if list(map(_data_ptr, params)) != self._addresses or list(map(_stride, params)) != self._strides:
             return None
-        if not all(map(operator.is_, map(self._find, self._owners), self._held)):
+        if not self._entries_stayed() and not all(map(operator.is_, map(self._all.get, self._owners), self._held)):
             return None
         if not all(map(operator.is_, map(_get, self._states, self._names), self._values)):
             return None
         found = []
         try:
-            for param, layout in zip(params, self._layouts):
+            for param, stride, dtype in zip(params, self._grad_strides, self._grad_dtypes):
                 grad = param.grad
                 if grad is None:
                     found.append(0)
-                elif layout is None or grad.stride() != layout[1] or grad.dtype is not layout[0]:
+                elif grad.stride() != stride or grad.dtype is not dtype:
                     return None
                 else:
                     found.append(grad.data_ptr())
         except RuntimeError:  # a sparse gradient has no strides
             return None
         return found
+
+    def _entries_stayed(self) -> bool:
+        """Whether the whole state has the same entries in the same order; looking each up would hash its tensor in Python."""
+        return (
+            len(self._all) == len(self._keys)
+            and all(map(operator.is_, self._all, self._keys))
+            and all(map(operator.is_, self._all.values(), self._entries))
+        )
 
 
 class Signature:
