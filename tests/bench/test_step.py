@@ -51,16 +51,28 @@ class Watched(torch.optim.SGD):
 
     def step(self, closure=None):
         params = self.param_groups[0]["params"]
-        self.seen.append((params[0].grad.data_ptr(), self.param_groups[0]["lr"]))
+        grad = params[0].grad
+        self.seen.append((grad.data_ptr(), grad.flatten()[0].item(), self.param_groups[0]["lr"]))
 
 
 def test_fresh_gradients_are_elsewhere_and_under_another_learning_rate_at_every_step():
     params = [nn.Parameter(torch.zeros(4, 4))]
     optimizer = Watched(params, lr=1.0)
-    step.fresh(optimizer, params, torch.device("cpu"), 2)
-    places, rates = zip(*optimizer.seen)
+    step.fresh(optimizer, params, [[torch.zeros(4, 4)], [torch.ones(4, 4)]], torch.device("cpu"), 2)
+    places, values, rates = zip(*optimizer.seen)
     assert all(a != b for a, b in pairwise(places))
+    assert all(a != b for a, b in pairwise(values))
     assert rates == pytest.approx([1 / (1 + i) for i in range(3 + 2 + 2)])
+
+
+def test_gradients_that_stay_have_other_values_in_the_same_place_at_every_step():
+    params = [nn.Parameter(torch.zeros(4, 4))]
+    params[0].grad = torch.zeros(4, 4)
+    optimizer = Watched(params, lr=1.0)
+    step.staying(optimizer, params, [[torch.zeros(4, 4)], [torch.ones(4, 4)]], torch.device("cpu"), 2)
+    places, values, _ = zip(*optimizer.seen)
+    assert len(set(places)) == 1
+    assert all(a != b for a, b in pairwise(values))
 
 
 def test_the_state_of_an_optimizer_is_counted_in_bytes_once():

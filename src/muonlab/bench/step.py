@@ -4,6 +4,7 @@ import gc
 import time
 import warnings
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -31,8 +32,9 @@ def specs(sets: Sequence[str], names: Sequence[str], device: str, threads: int, 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """One optimizer on one set. spec: set, peer, device, threads, repeats.
 
-    Gradients are measured twice: with the same storage at every step, and fresh, as after `zero_grad(set_to_none=True)`,
-    under a scheduler that changes the learning rate; handing them over and the scheduler are not timed.
+    Gradients are measured twice: with the same storage at every step, their values written in place as a backward pass does,
+    and fresh, as after `zero_grad(set_to_none=True)`, under a scheduler that changes the learning rate. Writing them, handing
+    them over and the scheduler are not timed.
     """
     torch.set_num_threads(spec["threads"])
     torch.manual_seed(0)
@@ -64,14 +66,15 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     extra = None
     if device.type == "cuda":
         extra = torch.cuda.max_memory_allocated(device) - held - state_bytes(optimizer)
-    stay = milliseconds(optimizer.step, device, spec["repeats"])
+    values = [[1e-3 * torch.randn_like(param) for param in params] for _ in range(2)]
+    stay = staying(optimizer, params, values, device, spec["repeats"])
     graph = peers.graph_of(optimizer)
     return {
         **common,
         "first_step_seconds": first,
         "extra_bytes": extra,
         "gradients_stay": stay,
-        "gradients_fresh": fresh(optimizer, params, device, spec["repeats"]),
+        "gradients_fresh": fresh(optimizer, params, values, device, spec["repeats"]),
         "graph_alone": milliseconds(graph, device, spec["repeats"]) if graph is not None else None,
         "program": peers.program_of(optimizer),
     }
@@ -84,22 +87,33 @@ def parameters(name: str, device: torch.device) -> list[nn.Parameter]:
     return params
 
 
-def fresh(optimizer: Any, params: list[nn.Parameter], device: torch.device, repeats: int) -> dict[str, Any] | None:
+def staying(
+    optimizer: Any, params: list[nn.Parameter], values: list[list[torch.Tensor]], device: torch.device, repeats: int
+) -> dict[str, Any]:
+    """As `milliseconds`, with other values in the same gradients at every step."""
+    grads = [param.grad for param in params if param.grad is not None]
+    turns = cycle(values)
+    return milliseconds(optimizer.step, device, repeats, lambda: torch._foreach_copy_(grads, next(turns)))
+
+
+def fresh(
+    optimizer: Any, params: list[nn.Parameter], values: list[list[torch.Tensor]], device: torch.device, repeats: int
+) -> dict[str, Any] | None:
     """As `milliseconds`, with other gradient tensors and another learning rate at every step."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         return None
-    sets = [[1e-3 * torch.randn_like(param) for param in params] for _ in range(2)]
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1.0 / (1 + update))
-    calls = 0
+    turns = cycle(values)
+    started = False
 
     def prepare() -> None:
-        nonlocal calls
-        if calls:
+        nonlocal started
+        if started:
             scheduler.step()
+        started = True
         optimizer.zero_grad(set_to_none=True)
-        for param, grad in zip(params, sets[calls % 2], strict=True):
+        for param, grad in zip(params, next(turns), strict=True):
             param.grad = grad
-        calls += 1
 
     return milliseconds(optimizer.step, device, repeats, prepare)
 

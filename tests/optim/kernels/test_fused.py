@@ -103,7 +103,7 @@ def test_steps_in_blocks_of_any_length_make_the_same_polynomial(
     section = iteration.Section(x, torch.zeros_like(x), cols, 0)
     work = iteration.Workspace.allocate(count, m, x.dtype, DEVICE)
     (result,) = iteration.iterate([section], work, resolve("polar_express").steps, blocks, scale)
-    for made, matrix in zip(result.x[:, :, :cols].double(), matrices):
+    for made, matrix in zip(result.x[:, :, :cols].double() * scale[:, None, None], matrices):
         assert relative(made, polynomial(matrix, torch.float64)) < (0.03 if m >= 128 else 0.06)
 
 
@@ -212,14 +212,20 @@ def test_products_of_ragged_tiles_are_right_and_write_nothing_but_their_matrices
     x, y = bank(rows, cols), bank(rows, cols)
     x[:, :, :cols] = (torch.randn(count, rows, cols) / (rows * cols) ** 0.5).to(DEVICE)
     section = iteration.Section(x, y, cols, 0)
-    gram, half, factor = symmetric(rest=True), symmetric(rest=True), symmetric()
-    iteration._gram(section, gram, None, keep_rest=True)
-    iteration._symmetric(gram, gram, factor, 2 / iteration.GAIN**2, -3 / iteration.GAIN, 1.5)
-    iteration._symmetric(factor, gram, half)
-    iteration._product(factor, section, None)
+    gram, half, factor, operand = symmetric(rest=True), symmetric(rest=True), symmetric(), symmetric()
+    scale = torch.tensor([1.0, 0.5, 2.0], device=DEVICE)
+    before = 1 + 1e-2 * torch.rand(count, m, device=DEVICE)
+    ratios = torch.full((count, m), 7.0, device=DEVICE)
+    iteration._gram(section, gram, scale, before, keep_rest=True)
+    iteration._symmetric(gram, gram, factor, False, 2 / iteration.GAIN**2, -3 / iteration.GAIN, 1.5)
+    iteration._symmetric(factor, gram, half, True)
+    made = operand.whole(ratios)
+    iteration._symmetric(gram, gram, made, True, 2 / iteration.GAIN**2, -3 / iteration.GAIN, 1.5, before=before)
+    iteration._multiply(made.off, section)
 
-    own = x[:, :, :cols].double()
-    r = own @ own.mT if rows <= cols else own.mT @ own
+    own = x[:, :, :cols].double() * scale[:, None, None]
+    known = own * (before[:, :, None] if rows <= cols else before[:, None, :])
+    r = known @ known.mT if rows <= cols else known.mT @ known
     w = 1.5 * torch.eye(m, dtype=torch.float64, device=DEVICE) - 3 * r + 2 * r @ r
     assert relative(whole(gram) / iteration.GAIN, r) < 5e-4
     assert relative(whole(factor), w) < 5e-4
@@ -227,7 +233,13 @@ def test_products_of_ragged_tiles_are_right_and_write_nothing_but_their_matrices
     assert half.rest is not None
     exact = whole(half) + half.rest[:, :, :m].float() / 2048
     assert relative(exact.tril() / iteration.GAIN, (w @ r).tril()) < 1e-4
-    assert relative(y[:, :, :cols].double(), w @ own if rows <= cols else own @ w) < 1e-3
+    stored = made.off[:, :, :m].double()
+    assert relative(stored, w * before[:, None, :]) < 5e-4
+    diagonal = (stored.diagonal(dim1=1, dim2=2) * ratios) / before
+    assert relative(diagonal, w.diagonal(dim1=1, dim2=2)) < 1e-5
+    result = y[:, :, :cols].double() * scale[:, None, None]
+    result *= ratios[:, :, None] if rows <= cols else ratios[:, None, :]
+    assert relative(result, w @ known if rows <= cols else known @ w) < 1e-3
     for flat, padding in buffers:
         assert (torch.cat((flat[:256], flat[-256:], padding.flatten())) == 7).all()
 
@@ -314,8 +326,8 @@ def test_kernels_that_do_not_agree_with_torch_are_refused_before_anything_is_cha
     (param,) = params_like((SHAPE,))
     param.grad = torch.randn_like(param)
     before = param.detach().clone()
-    product = iteration._product
-    monkeypatch.setattr(iteration, "_product", lambda a, section, scale: product(a, section, None))
+    multiply = iteration._multiply
+    monkeypatch.setattr(iteration, "_multiply", lambda q, section: multiply(q.mT.roll(1, 1), section))
     with pytest.raises(kernels.Unsupported, match="do not agree with torch"):
         Fused(Muon([param])).step()
     assert torch.equal(param, before)

@@ -84,6 +84,48 @@ def test_slices_hold_every_matrix_once_and_stay_near_the_budget() -> None:
                 assert len({(matrix.rows, matrix.cols) for matrix in ordered[first:last]}) == 1
 
 
+def lanes_for(*shapes: tuple[tuple[int, int], int]) -> list[list[tuple[tuple[int, int], int]]]:
+    """Shapes and counts of the sections of each lane, on a device of 132 multiprocessors."""
+    found = []
+    for shape in [shape for shape, count in shapes for _ in range(count)]:
+        param = torch.empty(shape, device="meta")
+        found += tables.matrices_of(param, param, None, (), len(found), 0, group_of()) or []
+    ordered = tables.in_order(found)
+    lanes = tables.lanes_of(ordered, tables.DEFAULT_WORKSPACE, processors=132)
+    return [[((ordered[a].rows, ordered[a].cols), b - a) for part in lane for a, b in part.sections] for lane in lanes]
+
+
+def test_lanes_are_cut_between_shapes_and_shapes_of_few_tiles_have_a_lane_of_their_own() -> None:
+    lanes = lanes_for(((1536, 384), 48), ((384, 1536), 50), ((1152, 384), 6), ((8, 384), 6))
+    assert lanes[0] == [((384, 1536), 50)]
+    assert lanes[1] == [((1536, 384), 48)]
+    assert lanes[2] == [((1152, 384), 6), ((8, 384), 6)]
+
+
+def test_lanes_begin_with_their_largest_slices_and_share_the_work() -> None:
+    lanes = lanes_for(((896, 896), 48), ((4864, 896), 48), ((896, 4864), 24))
+    for lane in lanes[:2]:
+        sizes = [rows * cols * count for (rows, cols), count in lane]
+        assert sizes == sorted(sizes, reverse=True)
+    assert [sum(count for _, count in lane) for lane in lanes] == [60, 60, 0]
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "blocks"),
+    [
+        (128, 4096, (1, 1, 1, 1, 1)),  # small: the error of a block is larger
+        (896, 896, (1, 1, 1, 1, 1)),  # square: a block saves nothing
+        (384, 1536, (3, 1, 1)),
+        (896, 4864, (3, 2)),
+    ],
+)
+def test_steps_are_taken_in_blocks_where_that_is_cheaper_and_exact_enough(
+    m: int, n: int, blocks: tuple[int, ...]
+) -> None:
+    assert tables.blocks_of(m, n, 5) == blocks
+    assert tables.blocks_of(m, n, 5, "standard") == (1, 1, 1, 1, 1)
+
+
 def test_bank_offsets_follow_each_other_inside_a_slice() -> None:
     found = []
     for owner, shape in enumerate([(10, 6), (6, 10), (10, 6)]):

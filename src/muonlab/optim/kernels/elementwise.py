@@ -240,6 +240,7 @@ def apply_kernel(
     hyper,
     factors,  # fp32 [matrices, 2]: factors of the learning rate and of the decay
     active,
+    scale,  # fp32 [matrices]: what the bank's are to be multiplied by
     bank,  # polar factors
     first,
     PARAM_TYPE: tl.constexpr,
@@ -251,9 +252,10 @@ def apply_kernel(
 ):
     """param -= lr * weight_decay * param + lr * factor * update, in place.
 
-    CAUTIOUS: entries that the update pushes away from zero are not decayed.
+    CAUTIOUS: entries that the update pushes away from zero are not decayed. From the end on: that was written last and is still
+    in the cache.
     """
-    program = first + tl.program_id(0)
+    program = first + tl.num_programs(0) - 1 - tl.program_id(0)
     matrix = tl.load(chunks + 2 * program)
     chunk = tl.load(chunks + 2 * program + 1)
     owner = tl.load(layout + matrix * LAYOUT)
@@ -266,7 +268,7 @@ def apply_kernel(
         offsets, inside = _entries(layout, matrix, chunk, 0, FLAT, ALIGN, SIZE)
         place = _address(pointers, owner, PARAM, PARAM_TYPE, ALIGN) + offsets
         source = bank + _bank_entries(layout, matrix, chunk, FLAT, ALIGN, SIZE)
-        update = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        update = tl.load(source, mask=inside, other=0.0).to(tl.float32) * tl.load(scale + matrix)
         param = tl.load(place, mask=inside, other=0.0).to(tl.float32)
         shrink = lr * tl.load(group + WEIGHT_DECAY) * tl.load(factors + 2 * matrix + 1)
         if CAUTIOUS:

@@ -265,7 +265,7 @@ class FusedStep:
             sections.append(iteration.Section(x, y, ordered[first].cols, first - part.first))
             offset += math.prod(shape)
         steps = ordered[part.first].iteration.steps
-        blocks = iteration.blocks_of(ordered[part.first].short, len(steps), ordered[part.first].method)
+        blocks = ordered[part.first].blocks
         result = banks[len(blocks) % 2]
         scale = t["scale"][part.first : part.last]
         error = iteration.tune(sections, work, steps, blocks)
@@ -347,7 +347,7 @@ def _before(run: Launch, first: int, start: int, last: int, end: int, t: dict[st
 def _after(run: Launch, first: int, start: int, last: int, end: int, t: dict[str, Tensor], bank: Tensor) -> None:
     """Decay and application of the same matrices."""
     elementwise.apply_kernel[(end - start,)](
-        t["chunks"], t["pointers"], t["layout"], t["hyper"], t["factors"], t["active"], bank, start,
+        t["chunks"], t["pointers"], t["layout"], t["hyper"], t["factors"], t["active"], t["scale"], bank, start,
         _TYPES[run.dtypes[0]], run.cautious, run.skip_idle, run.flat, run.align, elementwise.CHUNK, num_warps=_WARPS,
     )  # fmt: skip
 
@@ -377,5 +377,9 @@ def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _gain(matrix: Matrix) -> float:
-    """Norm that a cast matrix should have: entries of about 1 lie in the middle of fp16's range."""
-    return float(2.0 ** (math.log2(matrix.rows * matrix.cols) // 2))
+    """Norm that a cast matrix should have: entries of about 1 lie in the middle of fp16's range.
+
+    Bounded, because the iteration brings every singular value up to about this, and it may be 8 times as large before a matrix
+    is cast again.
+    """
+    return float(min(2.0 ** (math.log2(matrix.rows * matrix.cols) // 2), 2048.0))

@@ -7,9 +7,9 @@ standard iteration. With m <= n and symmetric products at half price, T steps in
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -19,9 +19,9 @@ from muonlab.optim.polar import newton_schulz
 
 # R is kept times this: its entries, of the order of 1/m, stay clear of fp16's subnormal numbers.
 GAIN = 4096.0
-EXACT = 512
+EXACT = 384
 """Below this smaller side T = W R is added with what rounding took away, too: larger matrices average more roundings, and reach
-1.05 times the error of the standard iteration without (`benchmarks/gram_blocks.py`)."""
+1.17 times the error of the standard iteration without (`benchmarks/gram_blocks.py`)."""
 
 
 @dataclass
@@ -46,8 +46,9 @@ class Symmetric:
     """Symmetric matrices [k, m, m] in the parts that `products` describes."""
 
     off: Tensor  # [k, m, pitch]
-    diagonal: Tensor  # [k, m]
+    diagonal: Tensor  # [k, m]; of a whole matrix: its ratios
     rest: Tensor | None = None  # [k, m, pitch]
+    is_whole: bool = False
 
     def part(self, first: int, count: int) -> "Symmetric":
         rest = None if self.rest is None else self.rest[first : first + count]
@@ -57,14 +58,20 @@ class Symmetric:
         """Without the rest."""
         return Symmetric(self.off, self.diagonal)
 
+    def whole(self, ratios: Tensor) -> "Symmetric":
+        """The same memory for a matrix that shall be whole."""
+        return Symmetric(self.off, ratios, is_whole=True)
+
 
 @dataclass
 class Workspace:
-    """Symmetric matrices of one slice: R, T = W R, and three that take turns as W and Q."""
+    """Symmetric matrices of one slice: R, T = W R, and three that take turns as W and Q; ratios [k, m] of a block's Q and of the
+    one's before."""
 
     gram: Symmetric
     half: Symmetric
     turns: tuple[Symmetric, Symmetric, Symmetric]
+    ratios: tuple[Tensor, Tensor]
 
     @classmethod
     def allocate(cls, count: int, m: int, dtype: torch.dtype, device: torch.device) -> "Workspace":
@@ -72,23 +79,14 @@ class Workspace:
             off = torch.zeros(count, m, pitch_of(m), dtype=dtype, device=device)
             return Symmetric(off, torch.zeros(count, m, device=device), torch.zeros_like(off) if rest else None)
 
-        return cls(symmetric(True), symmetric(m < EXACT), (symmetric(False), symmetric(False), symmetric(False)))
+        turns = (symmetric(False), symmetric(False), symmetric(False))
+        ratios = (torch.ones(count, m, device=device), torch.ones(count, m, device=device))
+        return cls(symmetric(True), symmetric(m < EXACT), turns, ratios)
 
 
 def pitch_of(cols: int) -> int:
     """Row pitch of a bank: rows start at multiples of 16 bytes."""
     return -(-cols // 8) * 8
-
-
-def blocks_of(m: int, steps: int, method: str = "auto") -> tuple[int, ...]:
-    """How many steps each block takes, for matrices with smaller side `m`.
-
-    "gram" is three steps, then one by one: the longest block whose error against fp64 stays within 1.2 times that of the
-    standard fp16 iteration on all spectra from flat to 1e-7 (a longer one, or a last block of two, does not). "standard" is
-    one by one. "auto" is gram except for small matrices, whose products cost little and where the error of a block is larger.
-    """
-    gram = method == "gram" or (method == "auto" and m >= 256)
-    return (3, *[1] * (steps - 3)) if gram and steps >= 3 else (1,) * steps
 
 
 def iterate(
@@ -98,7 +96,8 @@ def iterate(
     blocks: Sequence[int],
     scale: Tensor,
 ) -> list[Section]:
-    """Runs `steps` on all matrices of a slice, which share their smaller side m; the results are `x` of the sections returned.
+    """Runs `steps` on all matrices of a slice, which share their smaller side m. The results are `x` of the sections returned,
+    still to be multiplied by `scale`.
 
     Args:
         sections: stacks in banks; `x` is overwritten.
@@ -108,30 +107,42 @@ def iterate(
     """
     sections = list(sections)
     remaining = list(steps)
+    count = sum(len(section.x) for section in sections)
+    before = None
     for number, length in enumerate(blocks):
         now, remaining = remaining[:length], remaining[length:]
-        first = number == 0
+        ratios = work.ratios[number % 2]
         for section in sections:
-            _gram(section, work.gram, scale if first else None, keep_rest=length > 1)
-        count = sum(len(section.x) for section in sections)
-        gram, half = work.gram.part(0, count), work.half.part(0, count)
-        factor, product, spare = (turn.part(0, count) for turn in work.turns)
-        for i, (a, b, c) in enumerate(now):
-            # W = a I + b R + c R^2; then R <- W R W and Q <- W Q.
-            _symmetric(gram, gram, factor, c / GAIN**2, b / GAIN, a)
-            if i + 1 < length:
-                _symmetric(factor, gram, half)
-                # The last R is only squared, and that without its rest.
-                _symmetric(factor, half, gram if i + 2 < length else gram.rounded())
-            if i:
-                _symmetric(factor, product, spare)
-                product, spare = spare, product
-            else:
-                factor, product = product, factor
+            _gram(section, work.gram, scale, before, keep_rest=length > 1)
+        product = _polynomial(work, count, now, ratios, before)
         for section in sections:
-            _product(product.part(section.first, len(section.x)), section, scale if first else None)
+            _multiply(product.off[section.first : section.first + len(section.x)], section)
         sections = [section.swapped() for section in sections]
+        before = ratios
     return sections
+
+
+def _polynomial(work: Workspace, count: int, steps: Sequence[Step], ratios: Tensor, before: Tensor | None) -> Symmetric:
+    """Q of a block of `steps`, from R: the product of what they multiply X by."""
+    gram, half = work.gram.part(0, count), work.half.part(0, count)
+    factor, product, spare = (turn.part(0, count) for turn in work.turns)
+    # Launches alternate between ascending and descending order of the matrices; `_gram` descends.
+    order = cycle((False, True))
+    for i, (a, b, c) in enumerate(steps):
+        # W = a I + b R + c R^2; then R <- W R W and Q <- W Q.
+        last = i + 1 == len(steps)
+        made = factor.whole(ratios) if len(steps) == 1 else factor
+        _symmetric(gram, gram, made, next(order), c / GAIN**2, b / GAIN, a, before=before)
+        if not last:
+            _symmetric(factor, gram, half, next(order))
+            # The last R is only squared, and that without its rest.
+            _symmetric(factor, half, gram if i + 2 < len(steps) else gram.rounded(), next(order))
+        if i:
+            _symmetric(factor, product, spare.whole(ratios) if last else spare, next(order), before=before)
+            product, spare = spare, product
+        else:
+            factor, product = product, factor
+    return product
 
 
 def tune(sections: Sequence[Section], work: Workspace, steps: Sequence[Step], blocks: Sequence[int]) -> float:
@@ -152,12 +163,12 @@ def tune(sections: Sequence[Section], work: Workspace, steps: Sequence[Step], bl
     for section, pair in zip(iterate(sections, work, steps, blocks, scale), samples):
         for index, sample in zip((0, -1), pair):
             expected = newton_schulz(sample if section.wide else sample.mT, tuple(steps))
-            result = section.x[index, :, : section.cols].float()
+            result = section.x[index, :, : section.cols].float() * scale[section.first + index % len(section.x)]
             errors.append((result - (expected if section.wide else expected.mT)).norm() / expected.norm())
     return float(torch.stack(errors).max())
 
 
-def _gram(section: Section, out: Symmetric, scale: Tensor | None, keep_rest: bool) -> None:
+def _gram(section: Section, out: Symmetric, scale: Tensor, before: Tensor | None, keep_rest: bool) -> None:
     k, rows, _ = section.x.shape
     m, n = min(rows, section.cols), max(rows, section.cols)
     target = out.part(section.first, k)
@@ -167,18 +178,27 @@ def _gram(section: Section, out: Symmetric, scale: Tensor | None, keep_rest: boo
         _descriptor(target.off, m),
         _descriptor(target.rest if keep_rest and target.rest is not None else target.off, m),
         target.diagonal,
-        target.diagonal if scale is None else scale[section.first :],
+        target.diagonal if before is None else before[section.first :],
+        scale[section.first :],
         m,
         n,
         GAIN,
+        k - 1,
         WIDE=section.wide,
-        SCALED=scale is not None,
+        FOLDED=before is not None,
         KEEP_REST=keep_rest,
     )
 
 
 def _symmetric(
-    a: Symmetric, b: Symmetric, out: Symmetric, alpha: float = 1.0, beta: float = 0.0, gamma: float = 0.0
+    a: Symmetric,
+    b: Symmetric,
+    out: Symmetric,
+    descending: bool,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    gamma: float = 0.0,
+    before: Tensor | None = None,
 ) -> None:
     k, m, _ = a.off.shape
     same = a is b
@@ -195,35 +215,25 @@ def _symmetric(
         _descriptor(out.off, m),
         _descriptor(out.off if out.rest is None else out.rest, m),
         out.diagonal,
+        out.diagonal if before is None else before,
         m,
         alpha,
         beta,
         gamma,
+        k - 1 if descending else 0,
         SAME=same,
         HAS_REST=has_rest,
         KEEP_REST=out.rest is not None,
+        WHOLE=out.is_whole,
+        FOLDED=out.is_whole and before is not None,
     )
 
 
-def _product(a: Symmetric, section: Section, scale: Tensor | None) -> None:
-    k, rows, _ = section.x.shape
-    m, n = min(rows, section.cols), max(rows, section.cols)
-
-    def grid(meta: dict[str, int]) -> tuple[int, int]:
-        return triton.cdiv(rows, meta["BLOCK"]) * triton.cdiv(section.cols, meta["BREADTH"]), k
-
-    products.product_kernel[grid](
-        _descriptor(a.off, m),
-        _descriptor(section.x, section.cols),
-        _descriptor(section.x, section.cols),
-        _descriptor(section.y, section.cols),
-        a.diagonal,
-        a.diagonal if scale is None else scale[section.first :],
-        m,
-        n,
-        WIDE=section.wide,
-        SCALED=scale is not None,
-    )
+def _multiply(q: Tensor, section: Section) -> None:
+    """Y = Q X, or X Q^T, by the library, whose products of this kind are faster than Triton's."""
+    x, y = section.x[:, :, : section.cols], section.y[:, :, : section.cols]
+    q = q[:, :, : q.shape[1]]
+    torch.bmm(q, x, out=y) if section.wide else torch.bmm(x, q.mT, out=y)
 
 
 def _triangle(m: int, block: int) -> int:

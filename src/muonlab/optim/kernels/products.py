@@ -7,7 +7,10 @@ the tiles of the lower triangle are computed; the upper ones are their mirror im
 
     gram_kernel        R = alpha * X X^T                                  (X^T X for tall X)
     symmetric_kernel   C = alpha * A B + beta * B + gamma * I             (A, B symmetric and commuting)
-    product_kernel     Y = scale * (A X)                                  (X A for tall X; A symmetric)
+
+A symmetric matrix Q that multiplies X next is kept *whole*, with its diagonal, so that any library can multiply by it. What
+rounding took from the diagonal would be a large part of the error: `ratios` [k, m], exact over rounded diagonal, belong to the
+rows of Y = Q X. They are multiplied into what is made of Y: into R, and into the columns of the next Q.
 
 Descriptors are `[k, rows, cols]` stacks read in tiles; what lies outside a matrix reads as zero.
 """
@@ -52,25 +55,8 @@ def _tile_symmetric(arguments):
     _tile_result(arguments)
 
 
-def _tile_product(arguments):
-    block, breadth, depth = arguments["BLOCK"], arguments["BREADTH"], arguments["DEPTH"]
-    arguments["a"].block_shape = [1, block, depth] if arguments["WIDE"] else [1, depth, breadth]
-    arguments["x"].block_shape = [1, depth, breadth] if arguments["WIDE"] else [1, block, depth]
-    for name in ("x_tile", "y"):
-        arguments[name].block_shape = [1, block, breadth]
-
-
-def _configs(names, tiles, pre_hook):
+def _configs(pre_hook):
     """Tiles, warps, stages and registers to choose from."""
-    small = tuple(2 if name == "PIECES" else 32 for name in names)
-    tiles = [(small, 4, 1, None)] if _INTERPRETED else tiles
-    return [
-        triton.Config(dict(zip(names, tile)), num_warps=warps, num_stages=stages, maxnreg=registers, pre_hook=pre_hook)
-        for tile, warps, stages, registers in tiles
-    ]
-
-
-def _square(pre_hook):
     # 128 registers: two programs share a multiprocessor and hide each other's beginning and end.
     tiles = [
         ((128, 64, 4), 8, 3, 128),
@@ -80,19 +66,18 @@ def _square(pre_hook):
         ((128, 128, 2), 8, 3, None),
         ((64, 64, 2), 4, 4, None),
     ]
-    return _configs(("BLOCK", "DEPTH", "PIECES"), tiles, pre_hook)
-
-
-def _rectangular(pre_hook):
-    tiles = [
-        ((128, 128, 64), 8, 3, 128),
-        ((128, 128, 64), 4, 3, None),
-        ((128, 256, 64), 8, 3, None),
-        ((128, 256, 64), 8, 4, None),
-        ((256, 128, 64), 8, 3, None),
-        ((64, 64, 64), 4, 4, None),
+    if _INTERPRETED:
+        tiles = [((32, 32, 2), 4, 1, None)]
+    return [
+        triton.Config(
+            {"BLOCK": block, "DEPTH": depth, "PIECES": pieces},
+            num_warps=warps,
+            num_stages=stages,
+            maxnreg=registers,
+            pre_hook=pre_hook,
+        )
+        for (block, depth, pieces), warps, stages, registers in tiles
     ]
-    return _configs(("BLOCK", "BREADTH", "DEPTH"), tiles, pre_hook)
 
 
 def _time(call, quantiles):
@@ -115,6 +100,14 @@ def _lower_tile(p):
     i = tl.where((i + 1) * (i + 2) // 2 <= p, i + 1, i)
     i = tl.where(i * (i + 1) // 2 > p, i - 1, i)
     return i, p - i * (i + 1) // 2
+
+
+@triton.jit
+def _matrix(last):
+    """The matrix of this program: from 0 on, or from `last` down if that is not 0, so that a launch begins where the one before
+    it ended, with what is still in the cache."""
+    z = tl.program_id(1)
+    return tl.where(last > 0, last - z, z)
 
 
 @triton.jit
@@ -157,6 +150,33 @@ def _store_symmetric(
 
 
 @triton.jit
+def _store_whole(
+    value, off, mirror, ratios, before, z, row, col, m, DIAGONAL: tl.constexpr, FOLDED: tl.constexpr
+):  # fmt: skip
+    """Stores a piece of a tile of a whole matrix and its mirror image, their columns times the ratios of the block before."""
+    HEIGHT: tl.constexpr = value.shape[0]
+    WIDTH: tl.constexpr = value.shape[1]
+    rows = row + tl.arange(0, HEIGHT)
+    cols = col + tl.arange(0, WIDTH)
+    across = value
+    down = value
+    if FOLDED:
+        before += z.to(tl.int64) * m
+        across = value * tl.load(before + cols, mask=cols < m, other=1.0)[None, :]
+        down = value * tl.load(before + rows, mask=rows < m, other=1.0)[:, None]
+    half = across.to(off.dtype)
+    off.store([z, row, col], half.reshape(1, HEIGHT, WIDTH))
+    if DIAGONAL:
+        on = rows[:, None] == cols[None, :]
+        exact = tl.sum(tl.where(on, across, 0.0), axis=1)
+        kept = tl.sum(tl.where(on, half.to(tl.float32), 0.0), axis=1)
+        ratio = tl.where(kept == 0, 1.0, exact / tl.where(kept == 0, 1.0, kept))
+        tl.store(ratios + z.to(tl.int64) * m + rows, ratio, mask=(rows >= col) & (rows < col + WIDTH) & (rows < m))
+    else:
+        mirror.store([z, col, row], tl.trans(down.to(off.dtype)).reshape(1, WIDTH, HEIGHT))
+
+
+@triton.jit
 def _store_gram(
     value, off, mirror, rest, diagonal, z, row, col, m,
     DIAGONAL: tl.constexpr, KEEP_REST: tl.constexpr, PIECES: tl.constexpr,
@@ -168,53 +188,82 @@ def _store_gram(
         _store_symmetric(pieces[piece], off, mirror, rest, diagonal, z, row, start, m, DIAGONAL, KEEP_REST)
 
 
-@triton.autotune(
-    _square(_tile_gram), key=["m", "n", "WIDE"], prune_configs_by={"early_config_prune": _fitting}, do_bench=_time
-)
 @triton.jit
+def _gram_tile(
+    x, before, scale, z, i, j, m, n, alpha,
+    DIAGONAL: tl.constexpr, WIDE: tl.constexpr, FOLDED: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    value = tl.zeros([BLOCK, BLOCK], tl.float32)
+    # What bounds these products is what they read from the cache: on the diagonal one operand is enough.
+    for k in range(0, n, DEPTH):
+        if WIDE:
+            a = x.load([z, i * BLOCK, k]).reshape(BLOCK, DEPTH)
+            b = a if DIAGONAL else x.load([z, j * BLOCK, k]).reshape(BLOCK, DEPTH)
+            value = tl.dot(a, b.T, value)
+        else:
+            a = x.load([z, k, i * BLOCK]).reshape(DEPTH, BLOCK)
+            b = a if DIAGONAL else x.load([z, k, j * BLOCK]).reshape(DEPTH, BLOCK)
+            value = tl.dot(a.T, b, value)
+    s = tl.load(scale + z)
+    value = value * s * s * alpha
+    if FOLDED:
+        rows = i * BLOCK + tl.arange(0, BLOCK)
+        cols = j * BLOCK + tl.arange(0, BLOCK)
+        value *= tl.load(before + rows, mask=rows < m, other=1.0)[:, None]
+        value *= tl.load(before + cols, mask=cols < m, other=1.0)[None, :]
+    return value
+
+
+@triton.autotune(
+    _configs(_tile_gram), key=["m", "n", "WIDE"], prune_configs_by={"early_config_prune": _fitting}, do_bench=_time
+)
+@triton.jit(do_not_specialize=["last"])
 def gram_kernel(
     x,  # descriptor [k, m, n], or [k, n, m] for tall matrices
     off,  # descriptors of the result's parts, in pieces of tiles
     mirror,  # the same as `off`, in pieces of transposed tiles
     rest,
     diagonal,
-    scale,  # fp32 [k]: squared, multiplies the product
+    before,  # fp32 [k, m]: ratios of the rows of X
+    scale,  # fp32 [k]: what X is to be multiplied by
     m,
     n,
     alpha,
+    last,
     WIDE: tl.constexpr,
-    SCALED: tl.constexpr,
+    FOLDED: tl.constexpr,  # there are such ratios
     KEEP_REST: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
     PIECES: tl.constexpr,
 ):
     i, j = _lower_tile(tl.program_id(0))
-    z = tl.program_id(1)
-    value = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for k in range(0, n, DEPTH):
-        if WIDE:
-            a = x.load([z, i * BLOCK, k]).reshape(BLOCK, DEPTH)
-            b = x.load([z, j * BLOCK, k]).reshape(BLOCK, DEPTH)
-            value = tl.dot(a, b.T, value)
-        else:
-            a = x.load([z, k, i * BLOCK]).reshape(DEPTH, BLOCK)
-            b = x.load([z, k, j * BLOCK]).reshape(DEPTH, BLOCK)
-            value = tl.dot(a.T, b, value)
-    if SCALED:
-        s = tl.load(scale + z)
-        value = value * s * s
-    value *= alpha
+    z = _matrix(last)
+    before += z.to(tl.int64) * m
     if i == j:
+        value = _gram_tile(x, before, scale, z, i, j, m, n, alpha, True, WIDE, FOLDED, BLOCK, DEPTH)
         _store_gram(value, off, mirror, rest, diagonal, z, i * BLOCK, j * BLOCK, m, True, KEEP_REST, PIECES)
     else:
+        value = _gram_tile(x, before, scale, z, i, j, m, n, alpha, False, WIDE, FOLDED, BLOCK, DEPTH)
         _store_gram(value, off, mirror, rest, diagonal, z, i * BLOCK, j * BLOCK, m, False, KEEP_REST, PIECES)
 
 
 @triton.jit
+def _product_tile(a, b, z, i, j, m, ONE: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+    """A tile of A B; ONE: both operands are the same."""
+    value = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for k in range(0, m, DEPTH):
+        left = a.load([z, i * BLOCK, k]).reshape(BLOCK, DEPTH)
+        right = left if ONE else b.load([z, j * BLOCK, k]).reshape(BLOCK, DEPTH)
+        value = tl.dot(left, right.T, value)
+    return value
+
+
+@triton.jit
 def _finish(
-    value, a_tile, b_tile, b_rest, a_diagonal, b_diagonal, off, mirror, rest, diagonal, z, row, col, m, alpha, beta, gamma,
-    DIAGONAL: tl.constexpr, SAME: tl.constexpr, HAS_REST: tl.constexpr, KEEP_REST: tl.constexpr, PIECES: tl.constexpr,
+    value, a_tile, b_tile, b_rest, a_diagonal, b_diagonal, off, mirror, rest, diagonal, before,
+    z, row, col, m, alpha, beta, gamma, DIAGONAL: tl.constexpr, SAME: tl.constexpr, HAS_REST: tl.constexpr,
+    KEEP_REST: tl.constexpr, WHOLE: tl.constexpr, FOLDED: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """(A + D)(B + E) = A B + D B + A E + D E for diagonal D and E, of which `value` holds a tile of A B."""
     HEIGHT: tl.constexpr = value.shape[0]
@@ -249,13 +298,16 @@ def _finish(
                 part += (alpha * e) * other
         if DIAGONAL:
             part += tl.where(rows[:, None] == cols[None, :], (alpha * d + beta) * e + gamma, 0.0)
-        _store_symmetric(part, off, mirror, rest, diagonal, z, row, start, m, DIAGONAL, KEEP_REST)
+        if WHOLE:
+            _store_whole(part, off, mirror, diagonal, before, z, row, start, m, DIAGONAL, FOLDED)
+        else:
+            _store_symmetric(part, off, mirror, rest, diagonal, z, row, start, m, DIAGONAL, KEEP_REST)
 
 
 @triton.autotune(
-    _square(_tile_symmetric), key=["m", "KEEP_REST"], prune_configs_by={"early_config_prune": _fitting}, do_bench=_time
+    _configs(_tile_symmetric), key=["m", "KEEP_REST"], prune_configs_by={"early_config_prune": _fitting}, do_bench=_time
 )
-@triton.jit
+@triton.jit(do_not_specialize=["last"])
 def symmetric_kernel(
     a,  # descriptor [k, m, m] of A's entries off the diagonal, in operand tiles
     b,  # the same of B
@@ -267,76 +319,33 @@ def symmetric_kernel(
     off,
     mirror,
     rest,
-    diagonal,
+    diagonal,  # of a whole C: its ratios
+    before,  # fp32 [k, m]: ratios that the columns of a whole C are multiplied by
     m,
     alpha,
     beta,
     gamma,
+    last,
     SAME: tl.constexpr,  # A is B
     HAS_REST: tl.constexpr,  # B has a rest
     KEEP_REST: tl.constexpr,  # C shall have one
+    WHOLE: tl.constexpr,  # C shall be whole
+    FOLDED: tl.constexpr,  # there are ratios before
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
     PIECES: tl.constexpr,
 ):
     i, j = _lower_tile(tl.program_id(0))
-    z = tl.program_id(1)
-    value = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for k in range(0, m, DEPTH):
-        left = a.load([z, i * BLOCK, k]).reshape(BLOCK, DEPTH)
-        right = b.load([z, j * BLOCK, k]).reshape(BLOCK, DEPTH)
-        value = tl.dot(left, right.T, value)
+    z = _matrix(last)
     if i == j:
+        value = _product_tile(a, b, z, i, j, m, SAME, BLOCK, DEPTH)
         _finish(
-            value, a_tile, b_tile, b_rest, a_diagonal, b_diagonal, off, mirror, rest, diagonal, z, i * BLOCK, j * BLOCK, m,
-            alpha, beta, gamma, True, SAME, HAS_REST, KEEP_REST, PIECES,
+            value, a_tile, b_tile, b_rest, a_diagonal, b_diagonal, off, mirror, rest, diagonal, before,
+            z, i * BLOCK, j * BLOCK, m, alpha, beta, gamma, True, SAME, HAS_REST, KEEP_REST, WHOLE, FOLDED, PIECES,
         )  # fmt: skip
     else:
+        value = _product_tile(a, b, z, i, j, m, False, BLOCK, DEPTH)
         _finish(
-            value, a_tile, b_tile, b_rest, a_diagonal, b_diagonal, off, mirror, rest, diagonal, z, i * BLOCK, j * BLOCK, m,
-            alpha, beta, gamma, False, SAME, HAS_REST, KEEP_REST, PIECES,
+            value, a_tile, b_tile, b_rest, a_diagonal, b_diagonal, off, mirror, rest, diagonal, before,
+            z, i * BLOCK, j * BLOCK, m, alpha, beta, gamma, False, SAME, HAS_REST, KEEP_REST, WHOLE, FOLDED, PIECES,
         )  # fmt: skip
-
-
-@triton.autotune(
-    _rectangular(_tile_product),
-    key=["m", "n", "WIDE"],
-    prune_configs_by={"early_config_prune": _fitting},
-    do_bench=_time,
-)
-@triton.jit
-def product_kernel(
-    a,  # descriptor [k, m, m] of A's entries off the diagonal
-    x,  # descriptor [k, m, n], or [k, n, m] for tall matrices, in operand tiles
-    x_tile,  # the same in tiles of the result
-    y,  # descriptor of the result
-    a_diagonal,
-    scale,
-    m,
-    n,
-    WIDE: tl.constexpr,
-    SCALED: tl.constexpr,
-    BLOCK: tl.constexpr,  # along the rows of Y
-    BREADTH: tl.constexpr,  # along its columns
-    DEPTH: tl.constexpr,
-):
-    z = tl.program_id(1)
-    across = tl.cdiv(n if WIDE else m, BREADTH)
-    i = tl.program_id(0) // across
-    j = tl.program_id(0) % across
-    value = tl.zeros([BLOCK, BREADTH], tl.float32)
-    for k in range(0, m, DEPTH):
-        if WIDE:
-            left = a.load([z, i * BLOCK, k]).reshape(BLOCK, DEPTH)
-            right = x.load([z, k, j * BREADTH]).reshape(DEPTH, BREADTH)
-        else:
-            left = x.load([z, i * BLOCK, k]).reshape(BLOCK, DEPTH)
-            right = a.load([z, k, j * BREADTH]).reshape(DEPTH, BREADTH)
-        value = tl.dot(left, right, value)
-    own = x_tile.load([z, i * BLOCK, j * BREADTH]).reshape(BLOCK, BREADTH).to(tl.float32)
-    at = i * BLOCK + tl.arange(0, BLOCK) if WIDE else j * BREADTH + tl.arange(0, BREADTH)
-    d = tl.load(a_diagonal + z.to(tl.int64) * m + at, mask=at < m, other=0.0)
-    value += (d[:, None] if WIDE else d[None, :]) * own
-    if SCALED:
-        value *= tl.load(scale + z)
-    y.store([z, i * BLOCK, j * BREADTH], value.to(y.dtype).reshape(1, BLOCK, BREADTH))
