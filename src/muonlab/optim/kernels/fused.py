@@ -234,18 +234,17 @@ class FusedStep:
         for launches, parts in zip(self._lanes, lanes):
             # What the slices of a lane share, because they take turns.
             sizes: dict[torch.dtype, int] = {}
-            counts: dict[tuple[int, torch.dtype], int] = {}
+            counts: dict[tuple[int, torch.dtype, bool], int] = {}
             for part in parts:
                 inside = ordered[part.first : part.last]
-                dtype, key = inside[0].dtype, (inside[0].short, inside[0].dtype)
+                dtype, key = inside[0].dtype, _workspace(inside[0])
                 sizes[dtype] = max(sizes.get(dtype, 0), sum(matrix.rows * matrix.pitch for matrix in inside))
                 counts[key] = max(counts.get(key, 0), len(inside))
             banks = {k: (self._zeros(size, dtype=k), self._zeros(size, dtype=k)) for k, size in sizes.items()}
             works = {k: iteration.Workspace.allocate(most, *k, self._device) for k, most in counts.items()}
             for part in parts:
                 head = ordered[part.first]
-                work = works[head.short, head.dtype]
-                launches += self._plan_slice(part, ordered, starts, shared, banks[head.dtype], work)
+                launches += self._plan_slice(part, ordered, starts, shared, banks[head.dtype], works[_workspace(head)])
 
     def _plan_slice(
         self,
@@ -374,6 +373,11 @@ def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
     beta1, beta2 = (float(beta) for beta in group["betas"])
     logs = [math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2)]
     return lr, group["weight_decay"], *logs, group["eps"], 1 - beta1, 1 - beta2, 0.0
+
+
+def _workspace(matrix: Matrix) -> tuple[int, torch.dtype, bool]:
+    """What slices with one workspace have in common."""
+    return matrix.short, matrix.dtype, iteration.is_exact(matrix.short, matrix.iteration.steps)
 
 
 def _gain(matrix: Matrix) -> float:

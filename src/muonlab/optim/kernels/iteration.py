@@ -19,9 +19,6 @@ from muonlab.optim.polar import newton_schulz
 
 # R is kept times this: its entries, of the order of 1/m, stay clear of fp16's subnormal numbers.
 GAIN = 4096.0
-EXACT = 384
-"""Below this smaller side T = W R is added with what rounding took away, too: larger matrices average more roundings, and reach
-1.17 times the error of the standard iteration without (`benchmarks/gram_blocks.py`)."""
 
 
 @dataclass
@@ -74,14 +71,26 @@ class Workspace:
     ratios: tuple[Tensor, Tensor]
 
     @classmethod
-    def allocate(cls, count: int, m: int, dtype: torch.dtype, device: torch.device) -> "Workspace":
+    def allocate(cls, count: int, m: int, dtype: torch.dtype, exact: bool, device: torch.device) -> "Workspace":
+        """exact: T is added with what rounding took away, too."""
+
         def symmetric(rest: bool) -> Symmetric:
             off = torch.zeros(count, m, pitch_of(m), dtype=dtype, device=device)
             return Symmetric(off, torch.zeros(count, m, device=device), torch.zeros_like(off) if rest else None)
 
         turns = (symmetric(False), symmetric(False), symmetric(False))
         ratios = (torch.ones(count, m, device=device), torch.ones(count, m, device=device))
-        return cls(symmetric(True), symmetric(m < EXACT), turns, ratios)
+        return cls(symmetric(True), symmetric(exact), turns, ratios)
+
+
+def is_exact(m: int, steps: Sequence[Step]) -> bool:
+    """Whether T = W R has to be added with what rounding took away, too.
+
+    A last step with slope 0 at 1 takes back most of what the standard iteration's rounding did, so that a block, which is
+    compared with that, has to be more exact; so have small matrices, which average few roundings (`benchmarks/gram_blocks.py`).
+    """
+    a, b, c = steps[-1]
+    return m < 384 or abs(a + 3 * b + 5 * c) < 0.5
 
 
 def pitch_of(cols: int) -> int:
