@@ -11,7 +11,7 @@ A *matrix* is one of a parameter's view. Matrices are sorted so that those that 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, compress, groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
@@ -209,22 +209,15 @@ def lanes_of(ordered: Sequence[Matrix], budget: int, processors: int) -> list[li
     slices: list[Slice] = []
     first = 0
     for _, members in groupby(ordered, _family):
-        shapes = [list(alike) for _, alike in groupby(members, _shape)]
-        tiles = [sum(map(_tiles, alike)) for alike in shapes]
-        # Shapes of few tiles would hold the others up.
-        few = [count < processors and heavy > 1 for count in tiles]
-        if sum(compress(tiles, few)) >= processors:
-            few = [False] * len(few)
-        for aside, group in groupby(zip(few, shapes, tiles), lambda entry: entry[0]):
-            inside = list(group)
-            last = first + sum(len(alike) for _, alike, _ in inside)
-            if aside:
-                lanes[-1] += slices_of(ordered, first, last, budget // heavy)
-            else:
-                fill = sum(count for _, _, count in inside) // (WAVES * processors)
-                parts = 1 if heavy == 1 else max(1, min(PARTS, fill))
-                slices += slices_of(ordered, first, last, budget // heavy, parts)
-            first = last
+        family = list(members)
+        last = first + len(family)
+        tiles = sum(map(_tiles, family))
+        if heavy > 1 and tiles < processors:
+            lanes[-1] += slices_of(ordered, first, last, budget // heavy)
+        else:
+            parts = 1 if heavy == 1 else max(1, min(PARTS, tiles // (WAVES * processors)))
+            slices += slices_of(ordered, first, last, budget // heavy, parts)
+        first = last
 
     def work(part: Slice) -> float:
         return sum(map(_operations, ordered[part.first : part.last]))
