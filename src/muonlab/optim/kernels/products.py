@@ -34,10 +34,9 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def _tile_result(arguments):
     block = arguments["BLOCK"]
-    width = block // arguments["PIECES"]
     for name in ("off", "rest"):
-        arguments[name].block_shape = [1, block, width]
-    arguments["mirror"].block_shape = [1, width, block]
+        arguments[name].block_shape = [1, block, block // 2]
+    arguments["mirror"].block_shape = [1, block // 2, block]
 
 
 def _tile_gram(arguments):
@@ -51,32 +50,21 @@ def _tile_symmetric(arguments):
     for name in ("a", "b"):
         arguments[name].block_shape = [1, block, depth]
     for name in ("a_tile", "b_tile", "b_rest"):
-        arguments[name].block_shape = [1, block, block // arguments["PIECES"]]
+        arguments[name].block_shape = [1, block, block // 2]
     _tile_result(arguments)
 
 
 def _configs(pre_hook):
     """Tiles, warps, stages and registers to choose from."""
     # 128 registers: two programs share a multiprocessor and hide each other's beginning and end.
-    tiles = [
-        ((128, 64, 4), 8, 3, 128),
-        ((128, 64, 2), 8, 3, 128),
-        ((128, 64, 4), 4, 3, None),
-        ((128, 64, 2), 4, 3, None),
-        ((128, 128, 2), 8, 3, None),
-        ((64, 64, 2), 4, 4, None),
-    ]
+    tiles = [(128, 64, 8, 3, 128), (128, 64, 4, 3, None), (128, 128, 8, 3, None), (64, 64, 4, 4, None)]
     if _INTERPRETED:
-        tiles = [((32, 32, 2), 4, 1, None)]
+        tiles = [(32, 32, 4, 1, None)]
     return [
         triton.Config(
-            {"BLOCK": block, "DEPTH": depth, "PIECES": pieces},
-            num_warps=warps,
-            num_stages=stages,
-            maxnreg=registers,
-            pre_hook=pre_hook,
+            {"BLOCK": block, "DEPTH": depth}, num_warps=warps, num_stages=stages, maxnreg=registers, pre_hook=pre_hook
         )
-        for (block, depth, pieces), warps, stages, registers in tiles
+        for block, depth, warps, stages, registers in tiles
     ]
 
 
@@ -112,26 +100,15 @@ def _matrix(last):
 
 @triton.jit
 def _halves(tile):
+    """Columns of a tile in two halves: one at a time leaves registers free."""
     return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
-def _pieces(tile, PIECES: tl.constexpr):
-    """Columns of a tile in 2 or 4 pieces: one at a time leaves registers free."""
-    left, right = _halves(tile)
-    if PIECES == 2:
-        return left, right
-    else:  # noqa: RET505  # a branch that is compiled away
-        a, b = _halves(left)
-        c, d = _halves(right)
-        return a, b, c, d
 
 
 @triton.jit
 def _store_symmetric(
     value, off, mirror, rest, diagonal, z, row, col, m, DIAGONAL: tl.constexpr, KEEP_REST: tl.constexpr
 ):
-    """Stores a piece of a tile that begins at (row, col), and its mirror image if it is not on the diagonal."""
+    """Stores half a tile that begins at (row, col), and its mirror image if it is not on the diagonal."""
     HEIGHT: tl.constexpr = value.shape[0]
     WIDTH: tl.constexpr = value.shape[1]
     if DIAGONAL:
@@ -153,7 +130,7 @@ def _store_symmetric(
 def _store_whole(
     value, off, mirror, ratios, before, z, row, col, m, DIAGONAL: tl.constexpr, FOLDED: tl.constexpr
 ):  # fmt: skip
-    """Stores a piece of a tile of a whole matrix and its mirror image, their columns times the ratios of the block before."""
+    """Stores half a tile of a whole matrix and its mirror image, their columns times the ratios of the block before."""
     HEIGHT: tl.constexpr = value.shape[0]
     WIDTH: tl.constexpr = value.shape[1]
     rows = row + tl.arange(0, HEIGHT)
@@ -179,13 +156,13 @@ def _store_whole(
 @triton.jit
 def _store_gram(
     value, off, mirror, rest, diagonal, z, row, col, m,
-    DIAGONAL: tl.constexpr, KEEP_REST: tl.constexpr, PIECES: tl.constexpr,
+    DIAGONAL: tl.constexpr, KEEP_REST: tl.constexpr,
 ):  # fmt: skip
-    pieces = _pieces(value, PIECES)
-    WIDTH: tl.constexpr = value.shape[1] // PIECES
-    for piece in tl.static_range(PIECES):
-        start = col + piece * WIDTH
-        _store_symmetric(pieces[piece], off, mirror, rest, diagonal, z, row, start, m, DIAGONAL, KEEP_REST)
+    halves = _halves(value)
+    WIDTH: tl.constexpr = value.shape[1] // 2
+    for side in tl.static_range(2):
+        start = col + side * WIDTH
+        _store_symmetric(halves[side], off, mirror, rest, diagonal, z, row, start, m, DIAGONAL, KEEP_REST)
 
 
 @triton.jit
@@ -220,8 +197,8 @@ def _gram_tile(
 @triton.jit(do_not_specialize=["last"])
 def gram_kernel(
     x,  # descriptor [k, m, n], or [k, n, m] for tall matrices
-    off,  # descriptors of the result's parts, in pieces of tiles
-    mirror,  # the same as `off`, in pieces of transposed tiles
+    off,  # descriptors of the result's parts, in halves of tiles
+    mirror,  # the same as `off`, in halves of transposed tiles
     rest,
     diagonal,
     before,  # fp32 [k, m]: ratios of the rows of X
@@ -235,17 +212,16 @@ def gram_kernel(
     KEEP_REST: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
-    PIECES: tl.constexpr,
 ):
     i, j = _lower_tile(tl.program_id(0))
     z = _matrix(last)
     before += z.to(tl.int64) * m
     if i == j:
         value = _gram_tile(x, before, scale, z, i, j, m, n, alpha, True, WIDE, FOLDED, BLOCK, DEPTH)
-        _store_gram(value, off, mirror, rest, diagonal, z, i * BLOCK, j * BLOCK, m, True, KEEP_REST, PIECES)
+        _store_gram(value, off, mirror, rest, diagonal, z, i * BLOCK, j * BLOCK, m, True, KEEP_REST)
     else:
         value = _gram_tile(x, before, scale, z, i, j, m, n, alpha, False, WIDE, FOLDED, BLOCK, DEPTH)
-        _store_gram(value, off, mirror, rest, diagonal, z, i * BLOCK, j * BLOCK, m, False, KEEP_REST, PIECES)
+        _store_gram(value, off, mirror, rest, diagonal, z, i * BLOCK, j * BLOCK, m, False, KEEP_REST)
 
 
 @triton.jit
@@ -263,11 +239,11 @@ def _product_tile(a, b, z, i, j, m, ONE: tl.constexpr, BLOCK: tl.constexpr, DEPT
 def _finish(
     value, a_tile, b_tile, b_rest, a_diagonal, b_diagonal, off, mirror, rest, diagonal, before,
     z, row, col, m, alpha, beta, gamma, DIAGONAL: tl.constexpr, SAME: tl.constexpr, HAS_REST: tl.constexpr,
-    KEEP_REST: tl.constexpr, WHOLE: tl.constexpr, FOLDED: tl.constexpr, PIECES: tl.constexpr,
+    KEEP_REST: tl.constexpr, WHOLE: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """(A + D)(B + E) = A B + D B + A E + D E for diagonal D and E, of which `value` holds a tile of A B."""
     HEIGHT: tl.constexpr = value.shape[0]
-    WIDTH: tl.constexpr = value.shape[1] // PIECES
+    WIDTH: tl.constexpr = value.shape[1] // 2
     a_diagonal += z.to(tl.int64) * m
     b_diagonal += z.to(tl.int64) * m
     if DIAGONAL and not SAME:
@@ -275,10 +251,10 @@ def _finish(
         value = 0.5 * (value + tl.trans(value))
     rows = row + tl.arange(0, HEIGHT)
     d = tl.load(a_diagonal + rows, mask=rows < m, other=0.0)[:, None]
-    pieces = _pieces(value, PIECES)
-    for piece in tl.static_range(PIECES):
-        part = alpha * pieces[piece]
-        start = col + piece * WIDTH
+    halves = _halves(value)
+    for side in tl.static_range(2):
+        part = alpha * halves[side]
+        start = col + side * WIDTH
         cols = start + tl.arange(0, WIDTH)
         e = tl.load(b_diagonal + cols, mask=cols < m, other=0.0)[None, :]
         own = b_tile.load([z, row, start]).reshape(HEIGHT, WIDTH).to(tl.float32)
@@ -305,13 +281,16 @@ def _finish(
 
 
 @triton.autotune(
-    _configs(_tile_symmetric), key=["m", "KEEP_REST"], prune_configs_by={"early_config_prune": _fitting}, do_bench=_time
+    _configs(_tile_symmetric),
+    key=["m", "SAME", "KEEP_REST"],
+    prune_configs_by={"early_config_prune": _fitting},
+    do_bench=_time,
 )
 @triton.jit(do_not_specialize=["last"])
 def symmetric_kernel(
     a,  # descriptor [k, m, m] of A's entries off the diagonal, in operand tiles
     b,  # the same of B
-    a_tile,  # the same as `a`, in pieces of the result's tiles
+    a_tile,  # the same as `a`, in halves of the result's tiles
     b_tile,
     b_rest,
     a_diagonal,
@@ -333,7 +312,6 @@ def symmetric_kernel(
     FOLDED: tl.constexpr,  # there are ratios before
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
-    PIECES: tl.constexpr,
 ):
     i, j = _lower_tile(tl.program_id(0))
     z = _matrix(last)
@@ -341,11 +319,11 @@ def symmetric_kernel(
         value = _product_tile(a, b, z, i, j, m, SAME, BLOCK, DEPTH)
         _finish(
             value, a_tile, b_tile, b_rest, a_diagonal, b_diagonal, off, mirror, rest, diagonal, before,
-            z, i * BLOCK, j * BLOCK, m, alpha, beta, gamma, True, SAME, HAS_REST, KEEP_REST, WHOLE, FOLDED, PIECES,
+            z, i * BLOCK, j * BLOCK, m, alpha, beta, gamma, True, SAME, HAS_REST, KEEP_REST, WHOLE, FOLDED,
         )  # fmt: skip
     else:
         value = _product_tile(a, b, z, i, j, m, False, BLOCK, DEPTH)
         _finish(
             value, a_tile, b_tile, b_rest, a_diagonal, b_diagonal, off, mirror, rest, diagonal, before,
-            z, i * BLOCK, j * BLOCK, m, alpha, beta, gamma, False, SAME, HAS_REST, KEEP_REST, WHOLE, FOLDED, PIECES,
+            z, i * BLOCK, j * BLOCK, m, alpha, beta, gamma, False, SAME, HAS_REST, KEEP_REST, WHOLE, FOLDED,
         )  # fmt: skip
