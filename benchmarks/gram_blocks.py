@@ -1,113 +1,185 @@
-"""How exact the polar iteration is when its steps are grouped into blocks, with fp16 emulated on a CPU.
+"""How exact the polar iteration of the GPU kernels is, with fp16 emulated on a CPU: the evidence for which steps
+`tables.blocks_of` groups into blocks, and for when `tables.is_exact` has T keep its rest (`muonlab.optim.kernels`).
 
-    python benchmarks/gram_blocks.py -o benchmarks/results/gram_blocks.json
+    OMP_NUM_THREADS=1 python benchmarks/gram_blocks.py -o benchmarks/results/gram_blocks.json
 
-A block of L steps forms R = X X^T once and multiplies X once by Q (Gram Newton-Schulz); blocks of one are the standard
-iteration. `plain` rounds every matrix to fp16 as it is; the others keep diagonals in fp32 and add with what rounding took away: `split`
-R = X X^T and W R, `split R` R alone, as `muonlab.optim.kernels` does, `split W R` that alone, `diagonal` neither. Printed is the error against fp64 of the same polynomial over that of the plain
-standard iteration on the same matrix; spectra are log-spaced over the decades given.
+A block of L steps forms R = X X^T once, follows R through the steps (W = a I + b R + c R^2, T = W R, R <- W T), and multiplies X
+once by Q, the product of the W; blocks of one are the standard iteration. Ways to do that:
+
+    rests    which of R and T are added, where the diagonal of W multiplies them, with what rounding took away
+    Q        "exact"  its diagonal in fp32
+             "half"   all of it in fp16
+             "ratio"  all of it in fp16; the ratios of exact to rounded diagonal are multiplied into the next R and the next Q
+
+Printed is the error against fp64 of the same polynomial over that of the plain standard iteration in fp16 on the same matrix, a
+column for each number of decades that the singular values span, log-spaced; * marks what the kernels choose. The kernels scale
+R and X by powers of two so that nothing is subnormal; here nothing is scaled, which changes no ratio by more than 0.01.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from muonlab.optim.coefficients import Step, resolve
+from muonlab.optim.coefficients import COEFFICIENTS, Step, resolve
+from muonlab.optim.kernels.tables import blocks_of, is_exact
 
-BLOCKS = ((1, 1, 1, 1, 1), (2, 3), (3, 2), (1, 2, 2), (3, 1, 1))
-RESTS = {
-    "plain": None,
-    "diagonal": (False, False),
-    "split W R": (False, True),
-    "split R": (True, False),
-    "split": (True, True),
-}
-"""Whether R and W R are added with their rests; None: diagonals are rounded too."""
-DECADES = (0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -5.0, -7.0)
+SHAPES = (
+    *("64x256", "128x512", "256x512", "384x768", "384x1536", "512x1024", "640x1280", "768x1536"),
+    *("896x896", "896x1792", "896x4864", "1024x2048"),
+)
+NAMES = (*(name for name, entry in COEFFICIENTS.items() if entry.default_steps == 5), "deepseek")
+DETAILED = "polar_express"
+"""The default set, which is iterated in every way; the others as the kernels would, with T's rest and without."""
+DECADES = (0.0, -0.15, -0.3, -0.4, -0.5, -0.6, -0.75, -1.0, -1.25, -1.5, -2.0, -3.0, -5.0, -7.0)
+FEW_DECADES = (0.0, -0.3, -0.5, -0.75, -1.0, -1.5, -3.0, -7.0)
+"""For m of 1000 and more."""
+
+
+class Way(NamedTuple):
+    blocks: tuple[int, ...]
+    rests: str  # "", "R", "RT"
+    q: str
 
 
 def fp16(x: Tensor) -> Tensor:
     return x.half().float()
 
 
-def rounded(x: Tensor, split: bool) -> Tensor:
-    """fp16, with the exact diagonal if `split`."""
-    return fp16(x).diagonal_scatter(x.diagonal()) if split else fp16(x)
+def stored(x: Tensor) -> Tensor:
+    """A symmetric matrix in fp16, but its diagonal in fp32."""
+    return fp16(x).diagonal_scatter(x.diagonal())
 
 
 def mirrored(x: Tensor) -> Tensor:
+    """Only the lower triangle of a symmetric product is computed."""
     return x.tril() + x.tril(-1).mT
 
 
-def iterate(x: Tensor, steps: Sequence[Step], blocks: Sequence[int], rests: tuple[bool, bool] | None) -> Tensor:
+def iterate(x: Tensor, steps: Sequence[Step], way: Way) -> Tensor:
     """`x` [m, n] of norm 1, every product in fp32, every result that the kernels store rounded."""
-    split = rests is not None
-    rest_r, rest_t = rests or (False, False)
     remaining = list(steps)
-    identity = product = torch.eye(len(x))
-    for length in blocks:
+    identity = torch.eye(len(x))
+    ratios = torch.ones(len(x))
+    for length in way.blocks:
         now, remaining = remaining[:length], remaining[length:]
-        exact = x @ x.mT
+        exact = mirrored(ratios[:, None] * (x @ x.mT) * ratios)
+        product = identity
         for i, (a, b, c) in enumerate(now):
-            gram = rounded(exact, split)
-            z = rounded(mirrored(b * gram + c * (gram @ gram)), split)
+            gram = stored(exact)
+            factor = a * identity + mirrored(b * gram + c * (gram @ gram))
+            w = stored(factor)
             if i + 1 < length:
-                t = mirrored(a * (exact if rest_r else gram) + z @ gram)
-                exact = mirrored(a * (t if rest_t else rounded(t, split)) + rounded(t, split) @ z)
-            if i == 0:
-                product = a * identity + z if split else fp16(a * identity + z)
-            elif split:
-                product = rounded(mirrored(product @ (a * identity + z)), True)
-            else:
-                product = fp16(mirrored(a * product + product @ z))
-        # The standard iteration adds a X outside of the product.
-        x = fp16(a * x + z @ x) if length == 1 and not split else fp16(product @ x)
+                diagonal = w.diagonal()[:, None]
+                half = mirrored(w @ gram + diagonal * (exact - gram if "R" in way.rests else 0.0))
+                t = stored(half)
+                exact = mirrored(w @ t + diagonal * (half - t if "T" in way.rests else 0.0))
+            product = mirrored(w @ stored(product)) if i else factor
+        if way.q == "exact":
+            x = fp16(stored(product) @ x)
+        elif way.q == "half":
+            x = fp16(fp16(product) @ x)
+        else:
+            product = product * ratios
+            ratios = product.diagonal() / fp16(product).diagonal()
+            x = fp16(fp16(product) @ x)
     return x
 
 
-def matrix(m: int, n: int, decades: float) -> tuple[Tensor, Tensor]:
-    """A matrix [m, n] of norm 1, and what the polynomial makes of it, in fp64."""
+def plain(x: Tensor, steps: Sequence[Step]) -> Tensor:
+    """The standard iteration with every matrix rounded to fp16 as it is, a X added outside of the product."""
+    for a, b, c in steps:
+        gram = fp16(mirrored(x @ x.mT))
+        x = fp16(a * x + fp16(mirrored(b * gram + c * (gram @ gram))) @ x)
+    return x
+
+
+def chosen(m: int, n: int, steps: Sequence[Step]) -> Way:
+    """What the kernels do."""
+    blocks = blocks_of(m, n, len(steps))
+    rests = "" if max(blocks) == 1 else "RT" if is_exact(m, steps) else "R"
+    return Way(blocks, rests, "ratio")
+
+
+def ways(m: int, n: int, name: str) -> list[Way]:
+    steps = resolve(name).steps
+    own = chosen(m, n, steps)
+    found = [own] if max(own.blocks) == 1 else [own._replace(rests=rests) for rests in ("R", "RT")]
+    if name == DETAILED:
+        found = [Way((1, 1, 1, 1, 1), "", q) for q in ("exact", "half", "ratio")]
+        for blocks in ((3, 1, 1), (3, 2)):
+            found += [Way(blocks, rests, "ratio") for rests in ("", "R", "RT")]
+            found += [Way(blocks, "RT", q) for q in ("exact", "half")]
+        found += [Way(blocks, "RT", "ratio") for blocks in ((1, 2, 2), (2, 3))]
+    return found
+
+
+def spectra(m: int, n: int, decades: Sequence[float]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Factors U [m, m], V [n, m] and singular values of matrices of norm 1, in fp64."""
     torch.manual_seed(0)
     u = torch.linalg.qr(torch.randn(m, m, dtype=torch.float64))[0]
     v = torch.linalg.qr(torch.randn(n, m, dtype=torch.float64))[0]
-    s = torch.logspace(0, decades, m, dtype=torch.float64)
-    s = s / s.norm()
-    mapped = s
-    for a, b, c in resolve("polar_express").steps:
-        mapped = a * mapped + b * mapped**3 + c * mapped**5
-    return (u * s) @ v.mT, (u * mapped) @ v.mT
+    for span in decades:
+        s = torch.logspace(0, span, m, dtype=torch.float64)
+        yield u, v, s / s.norm()
+
+
+def measure(m: int, n: int, names: Sequence[str], decades: Sequence[float]) -> list[dict[str, Any]]:
+    """A row for each set of coefficients and way; errors of the plain iteration once for each set."""
+    errors: dict[tuple[str, Way | None], list[float]] = {}
+    for u, v, s in spectra(m, n, decades):
+        x = fp16(((u * s) @ v.mT).float())
+        for name in names:
+            steps = resolve(name).steps
+            mapped = s
+            for a, b, c in steps:
+                mapped = a * mapped + b * mapped**3 + c * mapped**5
+            exact = (u * mapped) @ v.mT
+            for way in (None, *ways(m, n, name)):
+                result = iterate(x, steps, way) if way else plain(x, steps)
+                errors.setdefault((name, way), []).append(float((result - exact).norm() / exact.norm()))
+    rows: list[dict[str, Any]] = []
+    for (name, way), found in errors.items():
+        row: dict[str, Any] = {"shape": [m, n], "coefficients": name}
+        if way is None:
+            rows.append(row | {"plain errors": [float(f"{error:.4g}") for error in found]})
+            continue
+        ratios = [round(error / base, 3) for error, base in zip(found, errors[name, None])]
+        own = way == chosen(m, n, resolve(name).steps)
+        rows.append(row | way._asdict() | {"chosen": own, "worst": max(ratios), "ratios": ratios})
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["128x512", "384x768"], help="m x n, m <= n")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="m x n, m <= n")
+    parser.add_argument("--coefficients", nargs="+", default=NAMES, choices=COEFFICIENTS)
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
-    steps = resolve("polar_express").steps
-    rows = []
+    rows: list[dict[str, Any]] = []
+    spans = {}
     for shape in arguments.shapes:
         m, n = (int(size) for size in shape.split("x"))
-        cases = {decades: matrix(m, n, decades) for decades in DECADES}
-        standard: dict[float, float] = {}
-        for name, rests in RESTS.items():
-            for blocks in BLOCKS:
-                errors = {}
-                for decades, (x, exact) in cases.items():
-                    result = iterate(fp16(x.float()), steps, blocks, rests).double()
-                    errors[decades] = float((result - exact).norm() / exact.norm())
-                standard = standard or errors
-                ratios = {decades: error / standard[decades] for decades, error in errors.items()}
-                rows.append(
-                    {"shape": [m, n], "rests": name, "blocks": list(blocks), "errors": errors, "ratios": ratios}
-                )
-                cells = "  ".join(f"{ratio:6.2f}" for ratio in ratios.values())
-                print(f"{shape:9} {name:9}  {blocks!s:16} {cells}  max {max(errors.values()):.4f}")
+        spans[shape] = DECADES if m < 1000 else FEW_DECADES
+        print(f"\n{shape:58}", "".join(f"{span:6.2f}" for span in spans[shape]), "  worst")
+        for row in measure(m, n, arguments.coefficients, spans[shape]):
+            rows.append(row)
+            if "worst" in row:
+                title = f"{row['coefficients']:18} {row['blocks']!s:30} {row['rests']:2} {row['q']:5}"
+                cells = "".join(f"{ratio:6.2f}" for ratio in row["ratios"])
+                print(f"{title} {'*' if row['chosen'] else ' '}{cells} {row['worst']:7.2f}", flush=True)
+    print("\nworst of what the kernels choose:")
+    kept = [row for row in rows if row.get("chosen")]
+    for row in sorted(kept, key=lambda row: -row["worst"])[:10]:
+        m, n = row["shape"]
+        print(f"{row['worst']:.3f}  {m}x{n} {row['coefficients']} {row['blocks']} {row['rests']}")
     if arguments.output:
-        arguments.output.write_text(json.dumps({"decades": DECADES, "rows": rows}, indent=1) + "\n")
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        arguments.output.write_text(f'{{"decades": {json.dumps(spans)},\n"rows": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

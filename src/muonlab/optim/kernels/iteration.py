@@ -83,16 +83,6 @@ class Workspace:
         return cls(symmetric(True), symmetric(exact), turns, ratios)
 
 
-def is_exact(m: int, steps: Sequence[Step]) -> bool:
-    """Whether T = W R has to be added with what rounding took away, too.
-
-    A last step with slope 0 at 1 takes back most of what the standard iteration's rounding did, so that a block, which is
-    compared with that, has to be more exact; so have small matrices, which average few roundings (`benchmarks/gram_blocks.py`).
-    """
-    a, b, c = steps[-1]
-    return m < 384 or abs(a + 3 * b + 5 * c) < 0.5
-
-
 def pitch_of(cols: int) -> int:
     """Row pitch of a bank: rows start at multiples of 16 bytes."""
     return -(-cols // 8) * 8

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muonlab.optim.coefficients import Iteration, resolve
+from muonlab.optim.coefficients import Iteration, Step, resolve
 from muonlab.optim.scaling import scale_factor
 from muonlab.optim.views import View, matrices
 
@@ -114,6 +114,16 @@ def blocks_of(m: int, n: int, steps: int, method: str = "auto") -> tuple[int, ..
     if steps == 5 and m >= 768:
         return (3, 2)
     return (3, *[1] * (steps - 3))
+
+
+def is_exact(m: int, steps: Sequence[Step]) -> bool:
+    """Whether T = W R has to be added with what rounding took away, too.
+
+    A last step with slope 0 at 1 takes back most of what the standard iteration's rounding did, so that a block, which is
+    compared with that, has to be more exact; so have small matrices, which average few roundings (`benchmarks/gram_blocks.py`).
+    """
+    a, b, c = steps[-1]
+    return m < 384 or abs(a + 3 * b + 5 * c) < 0.5
 
 
 def matrices_of(
