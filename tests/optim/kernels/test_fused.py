@@ -404,3 +404,40 @@ def test_a_parameter_that_outgrew_its_state_is_refused(index: int) -> None:
     params[index].grad = torch.randn_like(params[index])
     with pytest.raises(kernels.Unsupported, match="another shape"):
         fused.step()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("change", ["the parameter", "the gradient", "the parameter, then a gradient like it"])
+def test_a_tensor_that_shrinks_in_place_is_noticed(change: str, index: int) -> None:
+    params = params_like((SHAPE, (33,)))
+    fused = Fused(Muon(params, lr=0.1))
+    for each in params:
+        each.grad = torch.randn_like(each)
+    fused.step()
+    param = params[index]
+    shrunk = param.grad if change == "the gradient" else param
+    assert shrunk is not None
+    before = shrunk.data_ptr(), shrunk.stride()
+    shrunk.data = shrunk.data[: len(shrunk) // 2]
+    assert (shrunk.data_ptr(), shrunk.stride()) == before
+    if "then" in change:
+        param.grad = torch.randn_like(param)
+    assert fused.plan.gradients(fused.optimizer.param_groups, fused.optimizer.state) is None
+
+
+@pytest.mark.parametrize("part", ["parameter", "gradient"])
+@pytest.mark.parametrize("change", ["other rows and columns", "other gaps"])
+def test_a_tensor_that_keeps_its_address_and_its_size_but_not_its_layout_is_noticed(change: str, part: str) -> None:
+    rows, cols = SHAPE
+    (param,) = params_like((SHAPE,))
+    param.grad = torch.randn_like(param)
+    around = torch.randn(2 * rows, 2 * cols, device=DEVICE)
+    tensor = param if part == "parameter" else param.grad
+    other = around.flatten()[: 2 * rows * cols].view(2 * rows, cols)
+    tensor.data = other[:rows] if change == "other rows and columns" else around[:rows, :cols]
+    fused = Fused(Muon([param], lr=0.1))
+    fused.step()
+    before = tensor.data_ptr(), tensor.numel()
+    tensor.data = other[:, : cols // 2] if change == "other rows and columns" else around[::2, :cols]
+    assert (tensor.data_ptr(), tensor.numel()) == before
+    assert fused.plan.gradients(fused.optimizer.param_groups, fused.optimizer.state) is None

@@ -144,3 +144,21 @@ def test_workspace_stays_within_its_bound() -> None:
     kernels._plans[optimizer].current = None
     torch.cuda.synchronize()
     assert before - torch.cuda.memory_allocated() < 48 << 20
+
+
+def test_sums_in_fp16_that_a_model_allows_itself_are_not_the_optimizers() -> None:
+    torch.manual_seed(0)
+    grad = torch.randn(896, 2048, device="cuda")
+    results = []
+    allowed = torch.backends.cuda.matmul.allow_fp16_accumulation
+    try:
+        for allow in (False, True):
+            torch.backends.cuda.matmul.allow_fp16_accumulation = allow
+            param = nn.Parameter(torch.zeros_like(grad))
+            param.grad = grad.clone()
+            Muon([param], lr=1.0, weight_decay=0.0).step()
+            results.append(param.detach())
+            assert torch.backends.cuda.matmul.allow_fp16_accumulation == allow
+    finally:
+        torch.backends.cuda.matmul.allow_fp16_accumulation = allowed
+    assert torch.equal(*results)

@@ -232,7 +232,13 @@ def _multiply(q: Tensor, section: Section) -> None:
     """Y = Q X, or X Q^T, by the library, whose products of this kind are faster than Triton's."""
     x, y = section.x[:, :, : section.cols], section.y[:, :, : section.cols]
     q = q[:, :, : q.shape[1]]
-    torch.bmm(q, x, out=y) if section.wide else torch.bmm(x, q.mT, out=y)
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.allow_fp16_accumulation
+    matmul.allow_fp16_accumulation = False  # whatever the model does: sums in fp16 would be ten times the error
+    try:
+        torch.bmm(q, x, out=y) if section.wide else torch.bmm(x, q.mT, out=y)
+    finally:
+        matmul.allow_fp16_accumulation = allowed
 
 
 def _triangle(m: int, block: int) -> int:
