@@ -12,7 +12,7 @@ from torch import nn
 
 from muonlab import Muon
 from muonlab.errors import InputError
-from muonlab.optim import AdamWOptions, MuonOptions, Override, build_optimizer, set_lr
+from muonlab.optim import AdamWOptions, LionOptions, MuonOptions, Override, build_optimizer, set_lr
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -506,6 +506,63 @@ def test_a_sparse_gradient_is_refused_by_name_before_anything_moves():
 
 
 @pytest.mark.parametrize(
+    "build",
+    [
+        Muon,
+        lambda model: build_optimizer(model, LionOptions()),
+        lambda model: Muon(model, normuon_beta=0.9, normuon_axis="entries"),
+    ],
+)
+@pytest.mark.parametrize("name", ["4.weight", "5.bias"])
+@pytest.mark.parametrize("grown", [True, False])
+def test_state_of_another_shape_than_its_parameter_is_refused_by_name_before_anything_moves(name, grown, build):
+    model = small_model()
+    optimizer = build(model)
+    run(model, optimizer, 2)
+    param = model.get_parameter(name)
+    rows = len(param)
+    param.grad = None
+    param.data = torch.cat([param.data, param.data]) if grown else param.data[: rows // 2].clone()
+    gradients(model, 2)
+    before, state = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict()["state"])
+    words = rf"^(momentum_buffer|exp_avg) of '{name}' has shape \({rows},.*, the parameter \({len(param)},.*: delete its state"
+    with pytest.raises(InputError, match=words) as error:
+        optimizer.step()
+    assert "\n" not in str(error.value)
+    assert same(model, before)
+    torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
+    optimizer.state.pop(param)
+    optimizer.step()
+    assert not torch.equal(param, before.get_parameter(name))
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+def test_one_state_tensor_of_another_shape_is_refused(key):
+    model = small_model()
+    optimizer = Muon(model)
+    run(model, optimizer, 1)
+    state = optimizer.state[model.get_parameter("5.bias")]
+    state[key] = state[key][:5].clone()
+    with pytest.raises(InputError, match=rf"^{key} of '5.bias' has shape \(5,\), the parameter \(50,\)"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["4.weight", "5.bias"])
+def test_a_gradient_from_before_its_parameter_grew_is_refused_by_name_before_anything_moves(name):
+    model = small_model()
+    optimizer = Muon(model)
+    gradients(model, 0)
+    param = model.get_parameter(name)
+    rows = len(param)
+    param.data = torch.cat([param.data, param.data])
+    before = copy.deepcopy(model)
+    with pytest.raises(InputError, match=rf"gradient of '{name}' has shape \({rows},.*, the parameter \({2 * rows},"):
+        optimizer.step()
+    assert same(model, before)
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(
     ("other", "words"),
     [
         (lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "of another model"),
@@ -523,3 +580,13 @@ def test_the_state_of_another_model_is_refused_and_nothing_changes(other, words)
         receiver.load_state_dict(optimizer.state_dict())
     assert not receiver.state
     assert receiver.param_groups[0]["lr"] == 0.5
+
+
+def test_the_state_of_a_vector_of_another_length_is_refused_and_nothing_changes():
+    model, target = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))
+    target[0].bias = nn.Parameter(torch.zeros(5))
+    optimizer, receiver = Muon(model), Muon(target)
+    run(model, optimizer, 1)
+    with pytest.raises(InputError, match=r"0.bias has shape \(8,\) where this optimizer has \(5,\)"):
+        receiver.load_state_dict(optimizer.state_dict())
+    assert not receiver.state

@@ -94,7 +94,8 @@ class HybridOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update from the gradients in place; parameters without a gradient are left alone.
 
-        Raises InputError, before anything is changed, for a sparse gradient.
+        Raises InputError, before anything is changed, for a sparse gradient, and for a gradient or state that a parameter has
+        outgrown: torch would read and write past the end of it.
         """
         loss = None
         if closure is not None:
@@ -104,7 +105,7 @@ class HybridOptimizer(torch.optim.Optimizer):
         keep = None
         if not kernels.replay(self):
             work = [(group, [param for param in group["params"] if param.grad is not None]) for group in groups]
-            self._refuse_sparse(work)
+            self._refuse_unfit(work)
             keep = _all_finite(work) if any(group["skip_nonfinite"] for group in groups) else None
             for group, params in kernels.step(self, work, self._state, keep):
                 if params and group["rule"] == "muon":
@@ -144,13 +145,23 @@ class HybridOptimizer(torch.optim.Optimizer):
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
-    def _refuse_sparse(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
+    def _refuse_unfit(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
         for group, params in work:
+            names = _state_names(group)
             for param in params:
-                if param.grad is not None and param.grad.layout != torch.strided:
-                    index = next(i for i, other in enumerate(group["params"]) if other is param)
-                    name = repr(group["param_names"][index]) if "param_names" in group else f"parameter {index}"
-                    raise InputError(f"the gradient of {name} is sparse; build its module with sparse=False")
+                grad, shape, state = param.grad, param.shape, self.state.get(param, {})
+                if grad is not None and grad.layout != torch.strided:
+                    raise InputError(
+                        f"the gradient of {_name(group, param)} is sparse; build its module with sparse=False"
+                    )
+                if grad is not None and grad.shape != shape:
+                    shapes = f"shape {tuple(grad.shape)}, the parameter {tuple(shape)}"
+                    raise InputError(f"the gradient of {_name(group, param)} has {shapes}: compute it anew")
+                for name in names:
+                    if name in state and state[name].shape != shape:
+                        shapes = f"shape {tuple(state[name].shape)}, the parameter {tuple(shape)}"
+                        advice = "delete its state, optimizer.state.pop(parameter), or load the state that matches"
+                        raise InputError(f"{name} of {_name(group, param)} has {shapes}: {advice}")
 
     def _refuse_foreign(self, state_dict: dict[str, Any]) -> None:
         saved, here = state_dict["param_groups"], self.param_groups
@@ -163,7 +174,8 @@ class HybridOptimizer(torch.optim.Optimizer):
         if sizes != lengths:
             raise InputError(f"the state is of another model: groups of {sizes} parameters, here {lengths}")
         for index, param, i in zip(_saved_indices(state_dict), self._params(), range(len(self._params()))):
-            value = state_dict["state"].get(index, {}).get("momentum_buffer", param)
+            state = state_dict["state"].get(index, {})
+            value = state.get("momentum_buffer", state.get("exp_avg", param))
             if value.shape != param.shape:
                 name = own[i] if own else f"parameter {i}"
                 shapes = f"{tuple(value.shape)} where this optimizer has {tuple(param.shape)}"
@@ -186,8 +198,7 @@ class HybridOptimizer(torch.optim.Optimizer):
 
     def _stacks(self, param: Tensor, tiles: int | None, group: Mapping[str, Any], keep: Tensor | None) -> list[Stack]:
         """The matrices of one parameter with gradient and state, as stacks [k, m, n]."""
-        variant, view = variant_of(group), tuple(group["view"])
-        names = ("momentum_buffer", *variant.state)
+        variant, view, names = variant_of(group), tuple(group["view"]), _state_names(group)
         state = self._state(param, names, group["momentum_dtype"])
         grad = param.grad
         assert grad is not None
@@ -262,6 +273,18 @@ class HybridOptimizer(torch.optim.Optimizer):
                 work = work or (torch.float32 if half else param.dtype)
                 state[name] = torch.zeros_like(param, dtype=work, memory_format=torch.preserve_format)
         return state
+
+
+def _state_names(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """State tensors like the parameter that the rule of a group needs."""
+    if group["rule"] == "muon":
+        return ("momentum_buffer", *variant_of(group).state)
+    return rules.ELEMENTWISE[group["rule"]].state
+
+
+def _name(group: Mapping[str, Any], param: Tensor) -> str:
+    index = next(i for i, other in enumerate(group["params"]) if other is param)
+    return repr(group["param_names"][index]) if "param_names" in group else f"parameter {index}"
 
 
 def _all_finite(work: list[tuple[dict[str, Any], list[Tensor]]]) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from muonlab.optim.kernels import State, Unsupported, elementwise
 
-_data_ptr, _stride = Tensor.data_ptr, Tensor.stride
+_data_ptr, _shape, _stride, _contiguous = Tensor.data_ptr, Tensor.size, Tensor.stride, Tensor.is_contiguous
 _get: Callable[[Any, Any], Any] = dict.get
 _STATE = {"muon": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 # What the device reads at every step, and names: no part of a plan.
@@ -22,8 +22,8 @@ class Member(NamedTuple):
     param: Tensor
     address: int
     stride: tuple[int, ...]
-    layout: tuple[torch.dtype, tuple[int, ...]] | None
-    """Of the gradient; None if there was none."""
+    layout: tuple[torch.dtype, int | tuple[tuple[int, ...], tuple[int, ...]]] | None
+    """Of the gradient: dtype, and how many entries if contiguous, else shape and strides; None if there was none."""
     kept: tuple[tuple[dict[str, Any], str, Tensor], ...]
     """State tensors in the order of the address table, each with the dictionary that holds it."""
     group: dict[str, Any]
@@ -48,7 +48,7 @@ def look(param: Tensor, group: dict[str, Any], make: State) -> Member:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         names = (*names, "step")
     kept = tuple((state, name, state[name]) for name in names)
-    layout = (grad.dtype, grad.stride())
+    layout = (grad.dtype, grad.numel() if grad.is_contiguous() else (grad.shape, grad.stride()))
     return Member(param, param.data_ptr(), param.stride(), layout, kept, group, tuple(t.data_ptr() for _, _, t in kept))
 
 
@@ -62,15 +62,25 @@ class Places:
         self._keys, self._entries = list(states), list(states.values())
         self._params = [member.param for member in members]
         self._addresses = [member.address for member in members]
-        self._strides = [member.stride for member in members]
-        self._grad_dtypes, self._grad_strides = zip(*(member.layout or (None, None) for member in members))
+        self._shapes = list(map(_shape, self._params))
+        self._contiguous = list(map(_contiguous, self._params))
+        gapped = [member for member in members if not member.param.is_contiguous()]
+        self._gapped, self._strides = [member.param for member in gapped], [member.stride for member in gapped]
+        self._grad_dtypes, self._grad_layouts = zip(*(member.layout or (None, None) for member in members))
         kept = [entry for member in members for entry in member.kept]
         self._states, self._names, self._values = ([entry[i] for entry in kept] for i in range(3))
 
     def gradients(self) -> list[int] | None:
-        """Addresses of all gradients (0: none); None where anything else is not as it was."""
+        """Addresses of all gradients (0: none); None where anything else is not as it was.
+
+        Any tensor may have got other memory or another shape in place. Contiguous tensors are not asked for their strides,
+        which follow from the shape, nor a gradient for its shape, which is its parameter's: its entries, in order, are counted
+        because one that is left from before its parameter's shape changed may have fewer.
+        """
         params = self._params
-        if list(map(_data_ptr, params)) != self._addresses or list(map(_stride, params)) != self._strides:
+        if list(map(_data_ptr, params)) != self._addresses or list(map(_shape, params)) != self._shapes:
+            return None
+        if list(map(_contiguous, params)) != self._contiguous or list(map(_stride, self._gapped)) != self._strides:
             return None
         if not self._entries_stayed() and not all(map(operator.is_, map(self._all.get, self._owners), self._held)):
             return None
@@ -78,15 +88,16 @@ class Places:
             return None
         found = []
         try:
-            for param, stride, dtype in zip(params, self._grad_strides, self._grad_dtypes):
+            for param, dtype, layout in zip(params, self._grad_dtypes, self._grad_layouts):
                 grad = param.grad
                 if grad is None:
                     found.append(0)
-                elif grad.stride() != stride or grad.dtype is not dtype:
+                    continue
+                now = grad.numel() if grad.is_contiguous() else (grad.shape, grad.stride())
+                if grad.dtype is not dtype or now != layout:
                     return None
-                else:
-                    found.append(grad.data_ptr())
-        except RuntimeError:  # a sparse gradient has no strides
+                found.append(grad.data_ptr())
+        except RuntimeError:  # a sparse gradient has no layout
             return None
         return found
 
