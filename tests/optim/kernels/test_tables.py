@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from muonlab import Muon
+from muonlab.optim.coefficients import resolve
 from muonlab.optim.kernels import tables
 from muonlab.optim.views import matrices
 
@@ -111,19 +112,23 @@ def test_lanes_begin_with_their_largest_slices_and_share_the_work() -> None:
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "blocks"),
+    ("m", "n", "coefficients", "blocks"),
     [
-        (128, 4096, (1, 1, 1, 1, 1)),  # small: the error of a block is larger
-        (896, 896, (1, 1, 1, 1, 1)),  # square: a block saves nothing
-        (384, 1536, (3, 1, 1)),
-        (896, 4864, (3, 2)),
+        (128, 4096, "keller", (1, 1, 1, 1, 1)),  # small: the error of a block is larger
+        (896, 896, "keller", (1, 1, 1, 1, 1)),  # square: a block saves nothing
+        (384, 1536, "keller", (3, 1, 1)),
+        (896, 4864, "keller", (3, 2)),
+        (896, 4864, "polar_express", (3, 1, 1)),  # not sturdy
+        (896, 4864, [(1.5, -0.5, 0.0)] * 5, (3, 1, 1)),  # not known to be
     ],
 )
 def test_steps_are_taken_in_blocks_where_that_is_cheaper_and_exact_enough(
-    m: int, n: int, blocks: tuple[int, ...]
+    m: int, n: int, coefficients: str | list[tuple[float, float, float]], blocks: tuple[int, ...]
 ) -> None:
-    assert tables.blocks_of(m, n, 5) == blocks
-    assert tables.blocks_of(m, n, 5, "standard") == (1, 1, 1, 1, 1)
+    iteration = resolve(coefficients)
+    assert tables.blocks_of(m, n, iteration) == blocks
+    assert tables.blocks_of(m, n, iteration, "standard") == (1, 1, 1, 1, 1)
+    assert tables.is_exact(m, iteration) == (m < 384 or coefficients != "keller")
 
 
 def test_bank_offsets_follow_each_other_inside_a_slice() -> None:

@@ -377,7 +377,7 @@ def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _workspace(matrix: Matrix) -> tuple[int, torch.dtype, bool]:
     """What slices with one workspace have in common."""
-    return matrix.short, matrix.dtype, tables.is_exact(matrix.short, matrix.iteration.steps)
+    return matrix.short, matrix.dtype, tables.is_exact(matrix.short, matrix.iteration)
 
 
 def _gain(matrix: Matrix) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muonlab.optim.coefficients import Iteration, Step, resolve
+from muonlab.optim.coefficients import Iteration, resolve
 from muonlab.optim.scaling import scale_factor
 from muonlab.optim.views import View, matrices
 
@@ -83,7 +83,7 @@ class Matrix:
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        return blocks_of(self.short, max(self.rows, self.cols), len(self.iteration.steps), self.method)
+        return blocks_of(self.short, max(self.rows, self.cols), self.iteration, self.method)
 
     @property
     def pitch(self) -> int:
@@ -101,29 +101,26 @@ class Slice:
     runs: tuple[tuple[int, int], ...]
 
 
-def blocks_of(m: int, n: int, steps: int, method: str = "auto") -> tuple[int, ...]:
+def blocks_of(m: int, n: int, iteration: Iteration, method: str = "auto") -> tuple[int, ...]:
     """How many steps of the polar iteration each block takes, for matrices with smaller side `m` and larger side `n`.
 
-    "standard" is one by one. "gram" is three steps, then one by one, or two more together where that saves much and costs no
-    accuracy: what few operations allow as long as the error against fp64 stays within 1.2 times that of the standard fp16
-    iteration on spectra from flat to 1e-7 (`benchmarks/gram_blocks.py`). "auto" is gram except for small matrices, whose
-    products cost little and where the error of a block is larger.
+    "standard" is one by one. "gram" is three steps, then one by one, or two more together where the iteration is sturdy: what
+    few operations allow as long as the error against fp64 stays within 1.2 times that of the standard fp16 iteration on spectra
+    from flat to 1e-7 (`benchmarks/gram_blocks.py`). "auto" is gram except for small matrices, where the error of a block is
+    larger, and for nearly square ones, where it saves nothing.
     """
+    steps = len(iteration.steps)
     if steps < 3 or not (method == "gram" or (method == "auto" and m >= 256 and n >= 2 * m)):
         return (1,) * steps
-    if steps == 5 and m >= 768:
+    if steps == 5 and m >= 768 and iteration.sturdy:
         return (3, 2)
     return (3, *[1] * (steps - 3))
 
 
-def is_exact(m: int, steps: Sequence[Step]) -> bool:
-    """Whether T = W R has to be added with what rounding took away, too.
-
-    A last step with slope 0 at 1 takes back most of what the standard iteration's rounding did, so that a block, which is
-    compared with that, has to be more exact; so have small matrices, which average few roundings (`benchmarks/gram_blocks.py`).
-    """
-    a, b, c = steps[-1]
-    return m < 384 or abs(a + 3 * b + 5 * c) < 0.5
+def is_exact(m: int, iteration: Iteration) -> bool:
+    """Whether T = W R has to be added with what rounding took away, too: in small matrices, which average few roundings, and
+    where the iteration is not sturdy."""
+    return m < 384 or not iteration.sturdy
 
 
 def matrices_of(
