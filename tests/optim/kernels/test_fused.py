@@ -441,3 +441,23 @@ def test_a_tensor_that_keeps_its_address_and_its_size_but_not_its_layout_is_noti
     tensor.data = other[:, : cols // 2] if change == "other rows and columns" else around[::2, :cols]
     assert (tensor.data_ptr(), tensor.numel()) == before
     assert fused.plan.gradients(fused.optimizer.param_groups, fused.optimizer.state) is None
+
+
+def test_coefficients_made_for_scaled_rows_step_through_torch() -> None:
+    groups = Muon([nn.Parameter(torch.zeros(8, 8))], coefficients="aol4").param_groups
+    assert kernels._obstacle(groups) == "coefficients made for scaled rows ('aol4')"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="the interpreter has no bfloat16 products")
+def test_in_bfloat16_the_error_is_at_most_that_of_the_standard_bfloat16_iteration() -> None:
+    params = [nn.Parameter(torch.zeros(512, 1024, device=DEVICE)) for _ in SPECTRA]
+    for param, decades in zip(params, SPECTRA):
+        param.grad = 1e-3 * log_spaced(512, 1024, decades)
+    options = {"coefficients": "polar_express", "scale": "none", "momentum": 0.0, "nesterov": False}
+    Fused(Muon(params, lr=1.0, weight_decay=0.0, norm_eps=0.0, dtype="bfloat16", **options)).step()
+    for param, decades in zip(params, SPECTRA):
+        assert param.grad is not None
+        exact = polynomial(param.grad, torch.float64)
+        error = relative(-param.data.double(), exact)
+        assert error <= 1.2 * relative(polynomial(param.grad, torch.bfloat16), exact) + 1e-3, decades

@@ -3,7 +3,8 @@
     elementwise   kernels for momentum, norm, cast, decay, application, AdamW
     products      kernels for the products of the polar iteration
     iteration     the polar iteration on banks
-    tables        which matrices there are and where they lie
+    tables        which matrices there are, where they lie, which lane they take
+    places        what a plan was made for, and whether it is still so
     fused         the plan: tables, banks, launches, graph
 
 Nothing here imports Triton before `step` meets a parameter on a GPU.
@@ -17,6 +18,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+
+from muonlab.optim.coefficients import resolve
 
 Work = list[tuple[dict[str, Any], list[Tensor]]]
 State = Callable[[Tensor, tuple[str, ...], str], dict[str, Any]]
@@ -129,6 +132,8 @@ def _obstacle(groups: list[dict[str, Any]]) -> str | None:
                 return f"the option {name}={value!r}"
         if group.get("momentum_dtype") == "int8":
             return "the option momentum_dtype='int8'"
+        if group["rule"] == "muon" and resolve(group["coefficients"], group["ns_steps"]).preconditioned:
+            return f"coefficients made for scaled rows ({group['coefficients']!r})"
         for name in ("lr", "weight_decay", "momentum", "block_lr"):
             if isinstance(group.get(name), Tensor) and group[name].numel() != 1:
                 return f"one {name} for each matrix"

@@ -11,6 +11,7 @@ import operator
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -71,12 +72,12 @@ class FusedStep:
         cuda = self._device.type == "cuda"
         self._spare = [torch.empty(shape, dtype=torch.int64, pin_memory=cuda) for _ in range(_CAPTURES)]
         self._captured: list[tuple[list[int], Tensor]] = []
-        self._streams: list[Any] = []
+        self._stream: Any = None
         self._processors = 1
         if cuda:
             self._processors = torch.cuda.get_device_properties(self._device).multi_processor_count
-            # One more than needed: streams come from a pool, and one of these may be the one that is current.
-            self._streams = [torch.cuda.Stream(self._device) for _ in self._lanes]  # type: ignore[no-untyped-call]
+            # Its own: cuBLAS keeps a workspace for each stream, in the memory of the graph that was captured there first.
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         try:
             self._plan_matrices()
             self._plan_entries()
@@ -124,7 +125,7 @@ class FusedStep:
             return True
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            with _uncollected(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with _uncollected(), torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._launch()
             self._graph = graph
         self._graph.replay()
@@ -137,7 +138,7 @@ class FusedStep:
                 launch()
             return
         here = torch.cuda.current_stream(self._device)
-        streams = [stream for stream in self._streams if stream != here][: len(lanes) - 1]
+        streams = [stream for stream in _beside(self._device) if stream != here][: len(lanes) - 1]
         # The others begin when the first momentum is done: from then on one lane's passes over memory run while another
         # multiplies.
         lanes[0][0]()
@@ -315,6 +316,13 @@ class FusedStep:
                     (_TYPES[param_type], _TYPES[grad_type], _TYPES[state_type], cautious, align, elementwise.CHUNK),
                 )
             )
+
+
+@cache
+def _beside(device: torch.device) -> list[Any]:
+    """Streams for the lanes beside the first, the same for all plans, and with them cuBLAS's workspaces. One more than needed:
+    streams come from a pool, and one of these may be the one that is current."""
+    return [torch.cuda.Stream(device) for _ in range(tables.LANES)]  # type: ignore[no-untyped-call]
 
 
 def _index(groups: list[dict[str, Any]], group: dict[str, Any]) -> int:
