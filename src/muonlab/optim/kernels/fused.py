@@ -139,8 +139,7 @@ class FusedStep:
             return
         here = torch.cuda.current_stream(self._device)
         streams = [stream for stream in _beside(self._device) if stream != here][: len(lanes) - 1]
-        # The others begin when the first momentum is done: from then on one lane's passes over memory run while another
-        # multiplies.
+        # The others begin when the first momentum is done: two passes over memory at once would only halve each other's rate.
         lanes[0][0]()
         for stream in streams:
             stream.wait_stream(here)

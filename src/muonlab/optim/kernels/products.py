@@ -127,9 +127,7 @@ def _store_symmetric(
 
 
 @triton.jit
-def _store_whole(
-    value, off, mirror, ratios, before, z, row, col, m, DIAGONAL: tl.constexpr, FOLDED: tl.constexpr
-):  # fmt: skip
+def _store_whole(value, off, mirror, ratios, before, z, row, col, m, DIAGONAL: tl.constexpr, FOLDED: tl.constexpr):
     """Stores half a tile of a whole matrix and its mirror image, their columns times the ratios of the block before."""
     HEIGHT: tl.constexpr = value.shape[0]
     WIDTH: tl.constexpr = value.shape[1]
@@ -154,10 +152,7 @@ def _store_whole(
 
 
 @triton.jit
-def _store_gram(
-    value, off, mirror, rest, diagonal, z, row, col, m,
-    DIAGONAL: tl.constexpr, KEEP_REST: tl.constexpr,
-):  # fmt: skip
+def _store_gram(value, off, mirror, rest, diagonal, z, row, col, m, DIAGONAL: tl.constexpr, KEEP_REST: tl.constexpr):
     halves = _halves(value)
     WIDTH: tl.constexpr = value.shape[1] // 2
     for side in tl.static_range(2):

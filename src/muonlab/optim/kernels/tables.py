@@ -2,7 +2,7 @@
 
 A *matrix* is one of a parameter's view. Matrices are sorted so that those that share launches are neighbours:
 
-    slice     matrices with one smaller side and one iteration whose work fits the workspace together
+    slice     matrices with one smaller side, one iteration and one grouping of its steps, whose work fits the workspace together
     section   neighbours of one shape: one bank, one launch of each product
     run       neighbours with one memory layout and one set of options: one launch of each elementwise kernel
     lane      slices that follow each other and share banks; lanes run beside each other
@@ -207,7 +207,7 @@ def in_order(found: Sequence[Matrix]) -> list[Matrix]:
 def lanes_of(ordered: Sequence[Matrix], budget: int, processors: int) -> list[list[Slice]]:
     """Slices for each of `LANES` lanes; banks of all lanes stay near `budget` bytes.
 
-    While one lane moves momentum or parameters through memory or ends a launch, the other multiplies.
+    While a launch of one lane ends, the other's fills the device.
     """
     heavy = max(LANES - 1, 1)
     if heavy * max(map(matrix_bytes, ordered)) > budget:
