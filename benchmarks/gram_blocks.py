@@ -58,11 +58,10 @@ def stored(x: Tensor) -> Tensor:
 
 
 def mirrored(x: Tensor) -> Tensor:
-    """A symmetric product as the kernels compute it: tiles of the lower triangle, those on the diagonal averaged with their
-    transposes. Factors that are rounded don't quite commute, so the order in which they are multiplied is the kernels', too."""
+    """A symmetric product as the kernels compute it: tiles of the lower triangle. Factors that are rounded don't quite commute, so
+    the order in which they are multiplied is the kernels', too."""
     tile = torch.arange(len(x)) // TILE
-    lower, same = tile[:, None] > tile, tile[:, None] == tile
-    return torch.where(same, 0.5 * (x + x.mT), torch.where(lower, x, x.mT))
+    return torch.where(tile[:, None] >= tile, x, x.mT)
 
 
 def iterate(x: Tensor, steps: Sequence[Step], way: Way) -> Tensor:
@@ -115,7 +114,7 @@ def ways(m: int, n: int, name: str) -> list[Way]:
     own = chosen(m, n, name)
     found = [own]
     if max(own.blocks) > 1:
-        every = {own.blocks, (3, 2)} if m >= 768 and sum(own.blocks) == 5 else {own.blocks}
+        every = {own.blocks, (3, 2)} if sum(own.blocks) == 5 else {own.blocks}
         found = [Way(blocks, rests, "ratio") for blocks in sorted(every, reverse=True) for rests in ("R", "RT")]
     if name == DETAILED:
         found = [Way((1, 1, 1, 1, 1), "", q) for q in ("exact", "half", "ratio")]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from muonlab.errors import InputError
 from muonlab.models.feed_forward import FeedForward
-from muonlab.models.moe import MixtureOfExperts
+from muonlab.models.moe import ExpertStack, MixtureOfExperts, Router
 from muonlab.models.ops import rms_norm
 from muonlab.models.options import ModelOptions
 
@@ -76,6 +76,17 @@ class Transformer(nn.Module):
     def head_weight(self) -> Tensor:
         """The output head [vocab_size, d_model]: the embedding's own parameter when tied."""
         return self.get_output_embeddings().weight
+
+    def matmul_weights(self) -> dict[str, nn.Parameter]:
+        """Weights by name that the forward pass reads once, in a matmul of autocast's dtype: not embedding, head and routers."""
+        apart = {id(self.embedding), id(self.head), *(id(m) for m in self.modules() if isinstance(m, Router))}
+        return {
+            name: parameter
+            for path, module in self.named_modules()
+            if isinstance(module, nn.Linear | ExpertStack) and id(module) not in apart
+            for name, parameter in module.named_parameters(path, recurse=False)
+            if parameter.ndim > 1
+        }
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embedding (the name Hugging Face models use)."""

@@ -6,11 +6,12 @@ reads. `programs` keeps what was compiled and captured for the next run of the s
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from muonlab.models import ModelOutput, Transformer
 from muonlab.models.head import head_sample, head_stats
@@ -52,7 +53,12 @@ def update_seed(seed: int, update: int) -> int:
 
 
 class MicroStep:
-    """Loss of one micro-batch, compiled unless the program is eager. It reads nothing that differs between runs of one shape."""
+    """Loss of one micro-batch, compiled unless the program is eager. It reads nothing that differs between runs of one shape.
+
+    Under autocast every micro-batch casts every weight. Where there are several, weights that only matmuls read are cast once
+    per update, and each backward pass leaves their gradients in half precision, as matmuls make them, for one sum in the weight's
+    own dtype: the numbers are autocast's.
+    """
 
     def __init__(self, model: Transformer, config: RunConfig[Any]) -> None:
         training = config.training
@@ -61,14 +67,39 @@ class MicroStep:
         self.worked = False
         """Whether it has made gradients: everything is compiled."""
         self.notice: str | None = None
-        self._model: Callable[..., ModelOutput] = model
+        self._weights: Mapping[str, Tensor] = {}
+        if self.precision.dtype is not None and training.accumulation > 1:
+            self._weights = model.matmul_weights()
+        self._cast = {
+            name: weight.detach().to(self.precision.dtype).requires_grad_(weight.requires_grad)
+            for name, weight in self._weights.items()
+        }
+        self._forward: Callable[..., ModelOutput] = self._run_model
         self._whole: Callable[..., tuple[Tensor, Tensor]] | None = None
         self.compiled = training.program != "eager"
         if self.compiled and self.precision.device_type == "cuda":
             self._whole = torch.compile(self._plain, dynamic=False)
         elif self.compiled:
             # Inductor's passes over logits on a CPU are slower than torch's own: the head stays outside.
-            self._model = torch.compile(model, dynamic=False)
+            self._forward = torch.compile(self._run_model, dynamic=False)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Before the micro-batches of an update: casts the weights as they are now."""
+        if self._weights:
+            torch._foreach_copy_(list(self._cast.values()), list(self._weights.values()))
+
+    @torch.no_grad()
+    def add_gradients(self) -> None:
+        """After a backward pass: moves its gradients of cast weights to the weights' own."""
+        for name, weight in self._weights.items():
+            found, self._cast[name].grad = self._cast[name].grad, None
+            if found is None:
+                continue
+            if weight.grad is None:
+                weight.grad = found.to(weight.dtype)
+            else:
+                weight.grad += found
 
     def __call__(self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy (detached) and objective of one micro-batch, inputs and targets [B, T]."""
@@ -85,18 +116,24 @@ class MicroStep:
         """Goes on without torch.compile if `error` is its failure to compile; False if it has worked before."""
         if self.worked or not self.compiled:
             return False
-        self._model, self._whole, self.compiled = self.model, None, False
+        self._forward, self._whole, self.compiled = self._run_model, None, False
+        for weight in self._cast.values():
+            weight.grad = None
         self.notice = f"torch.compile failed ({first_line(error)}); operations run one by one"
         return True
 
     def _plain(self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         with self.precision.autocast():
-            output = self._model(inputs, document_ids=document_ids)
+            output = self._forward(inputs, document_ids)
             hidden = output.hidden.flatten(0, 1)  # [B * T, d_model]
             equal = weighs_tokens_equally(self.loss)
             stats = head_stats(hidden, self.model.head_weight, targets.flatten(), self.chunk, equal)
         objective = training_loss(stats, self.loss).mean() + output.auxiliary_loss
         return cross_entropy(stats).detach().mean(), objective
+
+    def _run_model(self, inputs: Tensor, document_ids: Tensor | None) -> ModelOutput:
+        output: ModelOutput = functional_call(self.model, self._cast, (inputs, document_ids), tie_weights=False)
+        return output
 
 
 class Captured(NamedTuple):
@@ -200,6 +237,8 @@ class Update:
         training = self.config.training
         sums = torch.zeros(2, device=inputs.device)  # loss, objective
         self.optimizer.zero_grad(set_to_none=True)
+        self._phase("forward")
+        self.micro_step.begin()
         for index in range(training.accumulation):
             rows = slice(index * training.micro_batch_size, (index + 1) * training.micro_batch_size)
             ids = None if document_ids is None else document_ids[rows]
@@ -221,6 +260,7 @@ class Update:
             self._phase("backward")
             scaled = self.precision.scaler.scale(objective / self.config.training.accumulation)
             scaled.backward()  # type: ignore[no-untyped-call]
+            self.micro_step.add_gradients()
         except Exception as error:
             if not self.micro_step.falls_back(error):
                 raise
@@ -261,7 +301,7 @@ class Update:
         first = {group["kind"]: group["lr"] for group in reversed(self.optimizer.param_groups)}
         rates = [first[kind] for kind in self.kinds]
         if any(isinstance(rate, Tensor) for rate in rates):
-            return torch.stack([torch.as_tensor(rate, device=device).double() for rate in rates])
+            return torch.stack([torch.as_tensor(rate, device=device) for rate in rates]).double()
         return torch.tensor(rates, dtype=torch.float64, device=device)
 
     # --- the CUDA graph -----------------------------------------------------------------------------------------------

@@ -114,10 +114,9 @@ def test_lanes_begin_with_their_largest_slices_and_share_the_work() -> None:
 @pytest.mark.parametrize(
     ("m", "n", "coefficients", "blocks"),
     [
-        (128, 4096, "keller", (1, 1, 1, 1, 1)),  # small: the error of a block is larger
+        (128, 4096, "keller", (1, 1, 1, 1, 1)),  # small: a block saves little
         (896, 896, "keller", (1, 1, 1, 1, 1)),  # square: a block saves nothing
-        (384, 1536, "keller", (3, 1, 1)),
-        (896, 4864, "keller", (3, 2)),
+        (384, 1536, "keller", (3, 2)),
         (896, 4864, "polar_express", (3, 1, 1)),  # not sturdy
         (896, 4864, [(1.5, -0.5, 0.0)] * 5, (3, 1, 1)),  # not known to be
     ],
@@ -128,7 +127,14 @@ def test_steps_are_taken_in_blocks_where_that_is_cheaper_and_exact_enough(
     iteration = resolve(coefficients)
     assert tables.blocks_of(m, n, iteration) == blocks
     assert tables.blocks_of(m, n, iteration, "standard") == (1, 1, 1, 1, 1)
-    assert tables.is_exact(m, iteration) == (m < 384 or coefficients != "keller")
+    assert tables.is_exact(m, iteration) == (coefficients != "keller")
+    assert tables.is_exact(64, iteration)  # small matrices average few roundings
+
+
+def test_blocks_are_taken_on_request_except_where_they_are_not_exact_enough() -> None:
+    iteration = resolve("keller")
+    assert tables.blocks_of(128, 128, iteration, "gram") == (3, 2)
+    assert tables.blocks_of(32, 64, iteration, "gram") == (1, 1, 1, 1, 1)
 
 
 def test_bank_offsets_follow_each_other_inside_a_slice() -> None:

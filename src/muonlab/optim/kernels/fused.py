@@ -19,7 +19,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from muonlab.optim.coefficients import Step
 from muonlab.optim.kernels import State, Unsupported, elementwise, iteration, tables
+from muonlab.optim.kernels.launching import compile_together, launch
 from muonlab.optim.kernels.places import Places, Signature, look
 from muonlab.optim.kernels.tables import Launch, Matrix, Slice
 
@@ -53,6 +55,7 @@ class FusedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._gradients_now: list[int] | None = None
         self._hyper_now: list[float] | None = None
+        self._live: list[int] = []
         # Launches of a lane follow each other; lanes run beside each other. They must not refer to the plan: a cycle would
         # leave its graph to the garbage collector, which may run while another graph is captured and spoil that.
         self._lanes: list[list[Callable[[], object]]] = [[] for _ in range(tables.LANES)]
@@ -68,6 +71,7 @@ class FusedStep:
         self._host_hyper = memoryview(host)[count:].cast("B").cast("f")
         self._moving = self._zeros(len(self._host), dtype=torch.int64)
         self._pointers = self._moving[:count].view(shape)
+        self._live_entries = self._moving[:0]
         self._hyper = self._moving[count:].view(torch.float32).view(len(groups), width)
         cuda = self._device.type == "cuda"
         self._spare = [torch.empty(shape, dtype=torch.int64, pin_memory=cuda) for _ in range(_CAPTURES)]
@@ -79,11 +83,12 @@ class FusedStep:
             # Its own: cuBLAS keeps a workspace for each stream, in the memory of the graph that was captured there first.
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         try:
-            self._plan_matrices()
+            tunings = self._plan_matrices()
             self._plan_entries()
-            # Compiles and tunes every kernel. All addresses are still 0, so nothing of the user's is touched.
-            for launch in chain(*self._lanes):
-                launch()
+            # All addresses are still 0, so nothing of the user's is touched.
+            compile_together(chain(*self._lanes))
+            for each in chain(tunings, *self._lanes):
+                each()
         except Unsupported:
             raise
         except Exception as error:  # a compiler's failure may be of any kind
@@ -111,12 +116,16 @@ class FusedStep:
         """
         capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         values, live = self._hyper_values()
-        if capturing and (values != self._hyper_now or not self._upload_captured(gradients)):
+        entries = [index for index, _ in live]
+        if capturing and (values != self._hyper_now or entries != self._live or not self._upload_captured(gradients)):
             return False
         if not capturing:
             self._upload(gradients, values)
-        for index, tensor in live:
-            self._hyper.view(-1)[index].copy_(tensor.view(()))
+        if entries != self._live:
+            self._live, self._live_entries = entries, self._table(entries, torch.int64)
+        if live:
+            now = torch.stack([tensor.view(()) for _, tensor in live])
+            self._hyper.view(-1).index_copy_(0, self._live_entries, now.float())
         if keep is not None:
             self._pointers[:, elementwise.GRAD.value].mul_(keep)
             self._gradients_now = None
@@ -134,8 +143,8 @@ class FusedStep:
     def _launch(self) -> None:
         lanes = [lane for lane in self._lanes if lane]
         if self._device.type != "cuda":
-            for launch in chain(*lanes):
-                launch()
+            for each in chain(*lanes):
+                each()
             return
         here = torch.cuda.current_stream(self._device)
         streams = [stream for stream in _beside(self._device) if stream != here][: len(lanes) - 1]
@@ -143,12 +152,12 @@ class FusedStep:
         lanes[0][0]()
         for stream in streams:
             stream.wait_stream(here)
-        for launch in lanes[0][1:]:
-            launch()
+        for each in lanes[0][1:]:
+            each()
         for lane, stream in zip(lanes[1:], streams):
             with torch.cuda.stream(stream):
-                for launch in lane:
-                    launch()
+                for each in lane:
+                    each()
             here.wait_stream(stream)
 
     # What may change from step to step.
@@ -197,21 +206,22 @@ class FusedStep:
     def _table(self, values: Any, dtype: torch.dtype) -> Tensor:
         return torch.as_tensor(values, dtype=dtype).to(self._device)
 
-    def _plan_matrices(self) -> None:
+    def _plan_matrices(self) -> list[Callable[[], object]]:
+        """Fills the lanes; returns what tunes and checks their products."""
         found: list[Matrix] = []
         for owner, member in enumerate(self._members):
             group = member.group
             if group["rule"] == "muon":
                 view = tuple(group["view"]) + ((("tiles", group["block_size"]),) if group["block_size"] else ())
                 momentum = member.kept[0][2] if member.kept else None
-                own = tables.matrices_of(
+                views = tables.matrices_of(
                     member.param, member.param.grad, momentum, view, owner, _index(self._groups, group), group
                 )
-                if own is None:
+                if views is None:
                     raise Unsupported("a view of a gradient that needs a copy")
-                found += own
+                found += views
         if not found:
-            return
+            return []
         ordered = tables.in_order(found)
         budgets = [group["max_workspace_bytes"] for group in self._groups if group["rule"] == "muon"]
         budget = min((size for size in budgets if size is not None), default=tables.DEFAULT_WORKSPACE)
@@ -231,6 +241,7 @@ class FusedStep:
             "multiplier": self._zeros(count),
             **{name: self._zeros(count) for name in ("active", "late", "redo", "scale")},
         }
+        tunings: list[Callable[[], object]] = []
         for launches, parts in zip(self._lanes, lanes):
             # What the slices of a lane share, because they take turns.
             sizes: dict[torch.dtype, int] = {}
@@ -244,7 +255,10 @@ class FusedStep:
             works = {k: iteration.Workspace.allocate(most, *k, self._device) for k, most in counts.items()}
             for part in parts:
                 head = ordered[part.first]
-                launches += self._plan_slice(part, ordered, starts, shared, banks[head.dtype], works[_workspace(head)])
+                tune, *own = self._plan_slice(part, ordered, starts, shared, banks[head.dtype], works[_workspace(head)])
+                tunings.append(tune)
+                launches += own
+        return tunings
 
     def _plan_slice(
         self,
@@ -255,7 +269,7 @@ class FusedStep:
         banks: tuple[Tensor, Tensor],
         work: iteration.Workspace,
     ) -> list[Callable[[], object]]:
-        """The launches of a slice: momentum, iterations, application."""
+        """What tunes the products of a slice, and its launches: momentum, iterations, application."""
         sections = []
         offset = 0
         for first, last in part.sections:
@@ -267,9 +281,6 @@ class FusedStep:
         blocks = ordered[part.first].blocks
         result = banks[len(blocks) % 2]
         scale = t["scale"][part.first : part.last]
-        error = iteration.tune(sections, work, steps, blocks)
-        if not error < _TOLERANCE[ordered[part.first].dtype]:
-            raise Unsupported(f"this GPU, whose kernels do not agree with torch (error {error:.2g})")
         runs = [(ordered[first].launch, first, starts[first], last, starts[last]) for first, last in part.runs]
 
         def before() -> None:
@@ -280,7 +291,12 @@ class FusedStep:
             for run in runs:
                 _after(*run, t, result)
 
-        return [before, lambda: iteration.iterate(sections, work, steps, blocks, scale), after]
+        return [
+            lambda: _tune(sections, work, steps, blocks),
+            before,
+            lambda: iteration.iterate(sections, work, steps, blocks, scale),
+            after,
+        ]
 
     def _plan_entries(self) -> None:
         sizes = torch.zeros(len(self._members), 2, dtype=torch.int64)
@@ -304,15 +320,25 @@ class FusedStep:
         count = len(self._members)
         counts = torch.tensor([member.group["rule"] == "adamw" for member in self._members]).to(self._device)
         launches = self._lanes[-1]
-        launches.append(_bound(elementwise.count_kernel[(count,)], (self._pointers, counts, 0), ()))
+        launches.append(_bound(elementwise.count_kernel, (count,), (self._pointers, counts, 0)))
         for (param_type, grad_type, state_type, cautious, align), owners in kinds.items():
             chunks, starts = tables.chunks_of([self._members[i].param.numel() for i in owners], elementwise.CHUNK)
             chunks[:, 0] = torch.tensor(owners, dtype=torch.int32)[chunks[:, 0].long()]
             launches.append(
                 _bound(
-                    elementwise.adamw_kernel[(starts[-1],)],
-                    (chunks.to(self._device), self._pointers, sizes, self._hyper, 0),
-                    (_TYPES[param_type], _TYPES[grad_type], _TYPES[state_type], cautious, align, elementwise.CHUNK),
+                    elementwise.adamw_kernel,
+                    (starts[-1],),
+                    (
+                        *(chunks.to(self._device), self._pointers, sizes, self._hyper, 0),
+                        *(
+                            _TYPES[param_type],
+                            _TYPES[grad_type],
+                            _TYPES[state_type],
+                            cautious,
+                            align,
+                            elementwise.CHUNK,
+                        ),
+                    ),
                 )
             )
 
@@ -328,23 +354,34 @@ def _index(groups: list[dict[str, Any]], group: dict[str, Any]) -> int:
     return next(i for i, other in enumerate(groups) if other is group)
 
 
-def _bound(kernel: Callable[..., object], arguments: tuple[Any, ...], flags: tuple[Any, ...]) -> Callable[[], object]:
-    return lambda: kernel(*arguments, *flags, num_warps=_WARPS)
+def _bound(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> Callable[[], object]:
+    return lambda: launch(kernel, grid, *arguments, num_warps=_WARPS)
+
+
+def _tune(
+    sections: list[iteration.Section], work: iteration.Workspace, steps: tuple[Step, ...], blocks: tuple[int, ...]
+) -> None:
+    error = iteration.tune(sections, work, steps, blocks)
+    if not error < _TOLERANCE[work.gram.off.dtype]:
+        raise Unsupported(f"this GPU, whose kernels do not agree with torch (error {error:.2g})")
 
 
 def _before(run: Launch, first: int, start: int, last: int, end: int, t: dict[str, Tensor], bank: Tensor) -> None:
     """Momentum, norm and cast of the matrices `first` to `last`, whose chunks are `start` to `end`."""
     grad, momentum = _TYPES[run.dtypes[1]], _TYPES[run.dtypes[2]]
     flags = (grad, momentum, run.nesterov, run.heavy_ball, run.skip_idle, run.flat, run.align, elementwise.CHUNK)
-    elementwise.momentum_kernel[(end - start,)](
+    launch(
+        elementwise.momentum_kernel, (end - start,),
         t["chunks"], t["pointers"], t["layout"], t["hyper"], t["multiplier"], t["partial"], bank, start, *flags,
         num_warps=_WARPS,
     )  # fmt: skip
-    elementwise.norm_kernel[(last - first,)](
+    launch(
+        elementwise.norm_kernel, (last - first,),
         t["starts"], t["gains"], t["partial"], t["multiplier"], t["active"], t["late"], t["redo"], t["scale"], first,
         1024, num_warps=_WARPS,
     )  # fmt: skip
-    elementwise.settle_kernel[(last - first, 32)](
+    launch(
+        elementwise.settle_kernel, (last - first, 32),
         t["starts"], t["pointers"], t["layout"], t["hyper"], t["partial"], t["late"], t["redo"], bank, first, *flags,
         num_warps=_WARPS,
     )  # fmt: skip
@@ -352,7 +389,8 @@ def _before(run: Launch, first: int, start: int, last: int, end: int, t: dict[st
 
 def _after(run: Launch, first: int, start: int, last: int, end: int, t: dict[str, Tensor], bank: Tensor) -> None:
     """Decay and application of the same matrices."""
-    elementwise.apply_kernel[(end - start,)](
+    launch(
+        elementwise.apply_kernel, (end - start,),
         t["chunks"], t["pointers"], t["layout"], t["hyper"], t["factors"], t["active"], t["scale"], bank, start,
         _TYPES[run.dtypes[0]], run.cautious, run.skip_idle, run.flat, run.align, elementwise.CHUNK, num_warps=_WARPS,
     )  # fmt: skip

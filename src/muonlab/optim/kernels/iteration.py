@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from muonlab.optim.coefficients import Step
 from muonlab.optim.kernels import products
+from muonlab.optim.kernels.launching import launch
 from muonlab.optim.polar import newton_schulz
 
 # R is kept times this: its entries, of the order of 1/m, stay clear of fp16's subnormal numbers.
@@ -171,7 +172,9 @@ def _gram(section: Section, out: Symmetric, scale: Tensor, before: Tensor | None
     k, rows, _ = section.x.shape
     m, n = min(rows, section.cols), max(rows, section.cols)
     target = out.part(section.first, k)
-    products.gram_kernel[lambda meta: (_triangle(m, meta["BLOCK"]), k)](
+    launch(
+        products.gram_kernel,
+        lambda meta: (_triangle(m, meta["BLOCK"]), k),
         _descriptor(section.x, section.cols),
         _descriptor(target.off, m),
         _descriptor(target.off, m),
@@ -202,7 +205,9 @@ def _symmetric(
     k, m, _ = a.off.shape
     same = a is b
     has_rest = b.rest is not None and not same
-    products.symmetric_kernel[lambda meta: (_triangle(m, meta["BLOCK"]), k)](
+    launch(
+        products.symmetric_kernel,
+        lambda meta: (_triangle(m, meta["BLOCK"]), k),
         _descriptor(a.off, m),
         _descriptor(b.off, m),
         _descriptor(a.off, m),

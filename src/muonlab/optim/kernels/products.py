@@ -19,6 +19,7 @@ Descriptors are `[k, rows, cols]` stacks read in tiles; what lies outside a matr
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import os
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -26,7 +27,7 @@ import triton.language as tl
 REST = tl.constexpr(2048.0)
 
 # Triton's interpreter cannot time anything: one small configuration.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 # The shape of the tiles that each descriptor of a kernel reads or writes.
@@ -54,11 +55,11 @@ def _tile_symmetric(arguments):
     _tile_result(arguments)
 
 
-def _configs(pre_hook):
+def _configs(pre_hook, *more):
     """Tiles, warps, stages and registers to choose from."""
     # 128 registers: two programs share a multiprocessor and hide each other's beginning and end.
-    tiles = [(128, 64, 8, 3, 128), (128, 64, 4, 3, None), (128, 128, 8, 3, None), (64, 64, 4, 4, None)]
-    if _INTERPRETED:
+    tiles = [(128, 64, 8, 3, 128), (128, 64, 4, 3, None), (64, 64, 4, 4, None), *more]
+    if INTERPRETED:
         tiles = [(32, 32, 4, 1, None)]
     return [
         triton.Config(
@@ -75,10 +76,10 @@ def _time(call, quantiles):
         return [float("inf")] * 3
 
 
-def _fitting(configs, arguments, **_):
-    """Small tiles for small matrices only, large ones for large."""
-    large = arguments["m"] > 64
-    return [config for config in configs if (config.kwargs["BLOCK"] > 64) == large] or configs
+def fitting(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
+    """Small tiles for small matrices, large ones for large; both are tried in between."""
+    least, most = (128 if arguments["m"] > 512 else 0), (128 if arguments["m"] > 64 else 64)
+    return [config for config in configs if least <= config.kwargs["BLOCK"] <= most] or configs
 
 
 @triton.jit
@@ -187,7 +188,10 @@ def _gram_tile(
 
 
 @triton.autotune(
-    _configs(_tile_gram), key=["m", "n", "WIDE"], prune_configs_by={"early_config_prune": _fitting}, do_bench=_time
+    _configs(_tile_gram, (128, 128, 8, 3, None)),
+    key=["m", "n", "WIDE"],
+    prune_configs_by={"early_config_prune": fitting},
+    do_bench=_time,
 )
 @triton.jit(do_not_specialize=["last"])
 def gram_kernel(
@@ -241,9 +245,6 @@ def _finish(
     WIDTH: tl.constexpr = value.shape[1] // 2
     a_diagonal += z.to(tl.int64) * m
     b_diagonal += z.to(tl.int64) * m
-    if DIAGONAL and not SAME:
-        # A and B commute but for rounding: both orders are averaged.
-        value = 0.5 * (value + tl.trans(value))
     rows = row + tl.arange(0, HEIGHT)
     d = tl.load(a_diagonal + rows, mask=rows < m, other=0.0)[:, None]
     halves = _halves(value)
@@ -259,14 +260,8 @@ def _finish(
             part += (alpha * (d + e) + beta) * own
         else:
             other = a_tile.load([z, row, start]).reshape(HEIGHT, WIDTH).to(tl.float32)
-            if DIAGONAL:
-                d_too = tl.load(a_diagonal + cols, mask=cols < m, other=0.0)[None, :]
-                e_too = tl.load(b_diagonal + rows, mask=rows < m, other=0.0)[:, None]
-                part += (0.5 * alpha * (d + d_too) + beta) * own
-                part += (0.5 * alpha * (e + e_too)) * other
-            else:
-                part += (alpha * d + beta) * own
-                part += (alpha * e) * other
+            part += (alpha * d + beta) * own
+            part += (alpha * e) * other
         if DIAGONAL:
             part += tl.where(rows[:, None] == cols[None, :], (alpha * d + beta) * e + gamma, 0.0)
         if WHOLE:
@@ -278,7 +273,7 @@ def _finish(
 @triton.autotune(
     _configs(_tile_symmetric),
     key=["m", "SAME", "KEEP_REST"],
-    prune_configs_by={"early_config_prune": _fitting},
+    prune_configs_by={"early_config_prune": fitting},
     do_bench=_time,
 )
 @triton.jit(do_not_specialize=["last"])

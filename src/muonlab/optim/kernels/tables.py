@@ -106,13 +106,14 @@ def blocks_of(m: int, n: int, iteration: Iteration, method: str = "auto") -> tup
 
     "standard" is one by one. "gram" is three steps, then one by one, or two more together where the iteration is sturdy: what
     few operations allow as long as the error against fp64 stays within 1.2 times that of the standard fp16 iteration on spectra
-    from flat to 1e-7 (`benchmarks/gram_blocks.py`). "auto" is gram except for small matrices, where the error of a block is
-    larger, and for nearly square ones, where it saves nothing.
+    from flat to 1e-7 (`benchmarks/gram_blocks.py`). "auto" is gram except for small matrices, where it saves little, and for nearly
+    square ones, where it saves nothing. Below 64 rows the error of a block is larger: those take single steps always.
     """
     steps = len(iteration.steps)
-    if steps < 3 or not (method == "gram" or (method == "auto" and m >= 256 and n >= 2 * m)):
+    grouped = m >= 64 if method == "gram" else method == "auto" and m >= 256 and n >= 2 * m
+    if steps < 3 or not grouped:
         return (1,) * steps
-    if steps == 5 and m >= 768 and iteration.sturdy:
+    if steps == 5 and iteration.sturdy:
         return (3, 2)
     return (3, *[1] * (steps - 3))
 
@@ -120,7 +121,7 @@ def blocks_of(m: int, n: int, iteration: Iteration, method: str = "auto") -> tup
 def is_exact(m: int, iteration: Iteration) -> bool:
     """Whether T = W R has to be added with what rounding took away, too: in small matrices, which average few roundings, and
     where the iteration is not sturdy."""
-    return m < 384 or not iteration.sturdy
+    return m < 128 or not iteration.sturdy
 
 
 def matrices_of(
