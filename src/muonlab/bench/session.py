@@ -17,6 +17,7 @@ from muonlab.bench.machine import describe, device_of, measure_rates
 from muonlab.bench.peers import PEERS
 from muonlab.bench.rows import Measure, rows
 from muonlab.errors import InputError
+from muonlab.training.loop import READ_EVERY
 from muonlab.training.tracking import write_json
 
 Finish = Callable[[dict[str, Any]], list[dict[str, Any]]]
@@ -170,11 +171,11 @@ def run_all(device: str, threads: int, folder: Path, *, quick: bool, say: Callab
     ours = ["graph"] if cuda else ["eager"]
     sets = ["tiny"] if quick else ["moe-79m", "qwen-0.5b", "llama-1b", "gpt-124m", "nanochat-d20"]
     models = ["tiny"] if quick else ["moe-79m", "dense-128", "dense-128-4k", "gpt-124m"]
-    repeats, rounds, updates = (3, 2, 1) if quick or not cuda else (30, 7, 5)
+    repeats, rounds, updates = (3, 2, 1) if quick or not cuda else (30, 5, READ_EVERY)
     parts: list[tuple[str, Callable[[Session], object]]] = [
         ("step", lambda s: run_step(s, sets[:3], known, repeats)),
         ("train", lambda s: run_train(s, models, ours, ["muon"], rounds, updates)),
-        ("train_peers", lambda s: run_train(s, models, ["eager", "compile"], ["adamw"], rounds, updates)),
+        ("train_peers", lambda s: run_train(s, models, ["eager", "compile"], ["adamw"], rounds, min(updates, 5))),
         ("profile", lambda s: run_profile(s, models[:1], ours, ["muon"], 3)),
     ]
     if sets[3:]:

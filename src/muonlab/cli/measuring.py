@@ -15,6 +15,7 @@ def cmd_bench(options: Any) -> None:
     from muonlab.bench import session
     from muonlab.bench.parameter_sets import SETS
     from muonlab.bench.peers import PEERS
+    from muonlab.training.loop import READ_EVERY
 
     if options.kind not in KINDS:
         raise unknown("benchmark", options.kind, KINDS)
@@ -40,13 +41,15 @@ def cmd_bench(options: Any) -> None:
     models = options.models or (["tiny"] if options.quick else ["moe-79m"] if cuda else ["micro", "dense-128"])
     programs = options.programs or ["eager", *([] if options.quick else ["compile"]), *(["graph"] if cuda else [])]
     repeats = options.repeats or (3 if few else 30)
+    # on a GPU as many updates in a row as the loop makes between two looks at it
+    rounds, updates = (3, 1) if few else (8, READ_EVERY)
     if options.kind == "step":
         sets = options.sets or ([name for name in SETS if name != "tiny"] if cuda else ["tiny"])
         peers = [name for name in PEERS if not (options.quick and name == "compiled-stack")]  # which compiles for long
         session.run_step(shared, sets, options.peers or peers, repeats)
     elif options.kind == "train":
-        updates = options.updates or (1 if few else 5)
-        session.run_train(shared, models, programs, options.optimizers or ["muon", "adamw"], repeats, updates)
+        optimizers = options.optimizers or ["muon", "adamw"]
+        session.run_train(shared, models, programs, optimizers, options.repeats or rounds, options.updates or updates)
     else:
         wanted = options.programs or [programs[-1]]
         session.run_profile(shared, models[:1], wanted, options.optimizers or ["muon"], options.updates or 3)

@@ -104,8 +104,17 @@ def set_lr(optimizer: "torch.optim.Optimizer", factor: float) -> None:
     for group, name in options:  # all are remembered before any is written: groups may share one tensor
         value = group[name]
         group.setdefault(f"initial_{name}", value.clone() if _is_tensor(value) else value)
+    live: list[Any] = []
+    rates: list[float] = []
     for group, name in options:
-        _write(group, name, group[f"initial_{name}"] * factor)
+        rate = group[f"initial_{name}"] * factor
+        if _is_tensor(group[name]) and not _is_tensor(rate):
+            live.append(group[name])
+            rates.append(rate)
+        else:
+            _write(group, name, rate)
+    if live:
+        _fill(live, rates)
 
 
 def set_momentum(optimizer: "torch.optim.Optimizer", schedule: Schedule, update: int) -> None:
@@ -134,6 +143,14 @@ def _write(group: dict[str, Any], name: str, value: "float | Tensor") -> None:
         current.copy_(value)
     else:
         current.fill_(value)
+
+
+def _fill(tensors: "list[Tensor]", values: list[float]) -> None:
+    """All at once: a launch for each would take a small update's whole time on the host."""
+    import torch
+
+    torch._foreach_zero_(tensors)
+    torch._foreach_add_(tensors, values)
 
 
 def _is_tensor(value: Any) -> bool:

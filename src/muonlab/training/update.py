@@ -46,6 +46,16 @@ class Precision:
         return torch.autocast(self.device_type, self.dtype, cache_enabled=False)
 
 
+def seed_draws(device: torch.device, seed: int) -> None:
+    """Seeds what operations on `device` draw from; torch.manual_seed seeds every device, which takes as long as a small update."""
+    if device.type == "cuda":
+        torch.cuda.default_generators[
+            torch.cuda.current_device() if device.index is None else device.index
+        ].manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
 def update_seed(seed: int, update: int) -> int:
     """Seed of dropout, router noise and sampled labels in one update, drawn in the order of its micro-batches."""
     mixed = (seed * 0x9E3779B97F4A7C15 + update * 0xBF58476D1CE4E5B9) & (2**64 - 1)
@@ -225,7 +235,7 @@ class Update:
         set_lr(self.optimizer, config.schedule.factor(update, config.training.updates))
         set_momentum(self.optimizer, config.schedule, update)
         if self.random:
-            torch.manual_seed(update_seed(config.seed, update))
+            seed_draws(self.parameters[0].device, update_seed(config.seed, update))
         if self.curvature_every is not None and update % self.curvature_every == 0:
             self._estimate_curvature(inputs, document_ids)
         self.calls += 1
@@ -329,10 +339,11 @@ class Update:
         if self._captured is None:  # the capture failed; `notice` says why
             return self._execute(inputs, targets, document_ids)
         captured = self._captured
-        captured.inputs.copy_(inputs, non_blocking=True)
-        captured.targets.copy_(targets, non_blocking=True)
+        batch, places = [inputs, targets], [captured.inputs, captured.targets]
         if document_ids is not None and captured.document_ids is not None:
-            captured.document_ids.copy_(document_ids, non_blocking=True)
+            batch.append(document_ids)
+            places.append(captured.document_ids)
+        torch._foreach_copy_(places, batch, non_blocking=True)
         captured.graph.replay()
         return captured.result.clone()
 
