@@ -82,6 +82,7 @@ _SETS = (
     ),
     CoefficientSet(
         name="you",
+        sturdy=True,
         steps=(
             (4.0848, -6.8946, 2.9270),
             (3.9505, -6.3029, 2.6377),

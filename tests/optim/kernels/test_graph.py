@@ -1,6 +1,7 @@
 """`Muon.step()` as shipped on a GPU: the graph, what moves between steps, a user's own capture, fallbacks."""
 
 import warnings
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -162,3 +163,26 @@ def test_sums_in_fp16_that_a_model_allows_itself_are_not_the_optimizers() -> Non
     finally:
         torch.backends.cuda.matmul.allow_fp16_accumulation = allowed
     assert torch.equal(*results)
+
+
+def test_the_first_step_compiles_nothing_that_was_not_compiled_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import knobs
+
+    from muonlab.optim.kernels import fused
+
+    late: list[str] = []
+    together = fused.compile_together
+
+    def counted(launches: Iterable[Callable[[], object]]) -> None:
+        together(launches)
+        monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **event: late.append(event["repr"]))
+
+    monkeypatch.setattr(fused, "compile_together", counted)
+    # a shape and coefficients that no other test compiles for
+    params = [nn.Parameter(torch.randn(shape, device="cuda")) for shape in ((320, 648), (648, 320), (24, 40), (33,))]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer = Muon(params, coefficients="cubic5")
+    optimizer.step()
+    assert kernels._plans[optimizer].refused is None
+    assert late == []
