@@ -116,3 +116,16 @@ def test_a_range_test_multiplies_the_rate_by_the_same_ratio_at_every_update():
     rates = [peak * factor for factor in factors(1000, kind="rising", warmup=0.0, final=1.01**-999)]
     assert rates[0] == pytest.approx(1e-8)
     assert [b / a for a, b in itertools.pairwise(rates)] == pytest.approx([1.01] * 999)
+
+
+def test_live_learning_rates_follow_exactly_also_where_groups_share_a_tensor():
+    shared, own = torch.tensor(0.5), torch.tensor(0.25)
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    optimizer = torch.optim.SGD([{"params": [p], "lr": lr} for p, lr in zip(params, (shared, shared, own))])
+    for group, peak in zip(optimizer.param_groups, (0.5, 0.5, 0.25)):
+        group["initial_lr"] = peak
+    for factor in (0.3, 0.7):
+        set_lr(optimizer, factor)
+        assert shared == torch.tensor(0.5 * factor)
+        assert own == torch.tensor(0.25 * factor)
+    assert optimizer.param_groups[0]["lr"] is optimizer.param_groups[1]["lr"] is shared

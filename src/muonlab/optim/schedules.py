@@ -104,17 +104,15 @@ def set_lr(optimizer: "torch.optim.Optimizer", factor: float) -> None:
     for group, name in options:  # all are remembered before any is written: groups may share one tensor
         value = group[name]
         group.setdefault(f"initial_{name}", value.clone() if _is_tensor(value) else value)
-    live: list[Any] = []
-    rates: list[float] = []
+    live: dict[int, tuple[Any, float]] = {}  # each tensor once
     for group, name in options:
-        rate = group[f"initial_{name}"] * factor
-        if _is_tensor(group[name]) and not _is_tensor(rate):
-            live.append(group[name])
-            rates.append(rate)
+        value, rate = group[name], group[f"initial_{name}"] * factor
+        if _is_tensor(value) and not _is_tensor(rate):
+            live[id(value)] = (value, rate)
         else:
             _write(group, name, rate)
     if live:
-        _fill(live, rates)
+        _fill(*map(list, zip(*live.values())))
 
 
 def set_momentum(optimizer: "torch.optim.Optimizer", schedule: Schedule, update: int) -> None:
@@ -146,7 +144,7 @@ def _write(group: dict[str, Any], name: str, value: "float | Tensor") -> None:
 
 
 def _fill(tensors: "list[Tensor]", values: list[float]) -> None:
-    """All at once: a launch for each would take a small update's whole time on the host."""
+    """All at once: beside a small update a launch for each is long."""
     import torch
 
     torch._foreach_zero_(tensors)

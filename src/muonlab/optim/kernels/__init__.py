@@ -2,6 +2,7 @@
 
     elementwise   kernels for momentum, norm, cast, decay, application, AdamW
     products      kernels for the products of the polar iteration
+    launching     launching kernels, and compiling them together
     iteration     the polar iteration on banks
     tables        which matrices there are, where they lie, which lane they take
     places        what a plan was made for, and whether it is still so
