@@ -1,5 +1,5 @@
 """How exact the polar iteration of the GPU kernels is, with fp16 emulated on a CPU: the evidence for which steps
-`tables.blocks_of` groups into blocks, and for when `tables.is_exact` has T keep its rest (`muonlab.optim.kernels`).
+`tables.blocks_of` groups into blocks, and for which coefficients T keeps its rest (`CoefficientSet.sturdy`) (`muonlab.optim.kernels`).
 
     OMP_NUM_THREADS=1 python benchmarks/gram_blocks.py -o benchmarks/results/gram_blocks.json
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from muonlab.optim.coefficients import COEFFICIENTS, Step, resolve
-from muonlab.optim.kernels.tables import blocks_of, is_exact
+from muonlab.optim.kernels.tables import blocks_of
 
 SHAPES = (
     *("64x256", "128x512", "256x512", "384x768", "384x1536", "512x1024", "640x1280", "768x1536"),
@@ -106,7 +106,7 @@ def chosen(m: int, n: int, name: str) -> Way:
     """What the kernels do."""
     iteration = resolve(name)
     blocks = blocks_of(m, n, iteration)
-    rests = "" if max(blocks) == 1 else "RT" if is_exact(m, iteration) else "R"
+    rests = "" if max(blocks) == 1 else "R" if iteration.sturdy else "RT"
     return Way(blocks, rests, "ratio")
 
 

@@ -12,7 +12,6 @@ from muonlab.models.head import head_stats
 from muonlab.training.loop import resolve
 from muonlab.training.losses import cross_entropy, training_loss
 from muonlab.training.programs import Program
-from muonlab.training.update import Update
 
 MIXTURE = {"n_experts": 4, "top_k": 2}
 
@@ -61,15 +60,55 @@ def test_weights_cast_once_per_update_give_the_gradients_of_autocast_bit_for_bit
             assert torch.equal(parameter.grad, grad), name
 
 
-def test_a_frozen_weight_has_no_gradient_and_stays():
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", [{}, MIXTURE], ids=["dense", "mixture"])
+def test_the_compiled_program_makes_the_gradients_of_the_eager_one(model, precision):
+    found = []
+    for program in ("eager", "compile"):
+        config, built_program = built(model=model, training={"precision": precision, "program": program})
+        built_program.update(0, *batch(config), None)
+        assert built_program.update.program == program
+        found.append({name: parameter.grad for name, parameter in built_program.model.named_parameters()})
+    for name, grad in found[0].items():
+        error = (grad - found[1][name]).norm() / grad.norm()
+        assert error < (1e-4 if precision == "fp32" else 5e-2), name
+
+
+def test_the_forward_pass_reads_the_casts():
     config, program = built(training={"precision": "bf16", "accumulation": 2})
-    weight = program.model.blocks[0].attention.output.weight.requires_grad_(False)
-    update = Update(program.model, program.optimizer, config)
-    before = weight.clone()
-    update(0, *batch(config), None)
-    assert weight.grad is None
-    assert torch.equal(weight, before)
-    assert program.model.blocks[1].attention.output.weight.grad is not None
+    micro_step = program.update.micro_step
+    loss, _ = micro_step(*batch(config), None)
+    for cast in micro_step._cast.values():
+        cast.data.zero_()
+    without, _ = micro_step(*batch(config), None)
+    assert abs(loss - without) > 1e-3
+
+
+def test_an_update_that_failed_leaves_no_gradient_for_the_next(monkeypatch):
+    """As a capture that runs out of memory does: the error is caught, the next update runs."""
+    training = {"precision": "bf16", "accumulation": 2, "clip_norm": 0.0}
+    config, program = built(training=training)
+    inputs, targets = batch(config)
+    expected = by_autocast(program.model, config, inputs, targets)
+    micro_step = program.update.micro_step
+    with monkeypatch.context() as broken:
+        broken.setattr(micro_step, "add_gradients", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            program.update(0, inputs, targets, None)
+    program.update(0, inputs, targets, None)
+    for parameter, grad in zip(program.model.parameters(), expected):
+        assert torch.equal(parameter.grad, grad)
+
+
+def test_a_weight_that_is_frozen_later_has_no_gradient_and_stays_until_it_is_thawed():
+    config, program = built(training={"precision": "bf16", "accumulation": 2})
+    weight = program.model.blocks[0].attention.output.weight
+    for update, trained in enumerate((True, False, True)):
+        weight.requires_grad_(trained)
+        before = weight.clone()
+        program.update(update, *batch(config), None)
+        assert (weight.grad is not None) == trained
+        assert torch.equal(weight, before) != trained
 
 
 @pytest.mark.parametrize("changes", [{"precision": "fp32", "accumulation": 3}, {"precision": "bf16"}], ids=str)

@@ -104,15 +104,8 @@ def set_lr(optimizer: "torch.optim.Optimizer", factor: float) -> None:
     for group, name in options:  # all are remembered before any is written: groups may share one tensor
         value = group[name]
         group.setdefault(f"initial_{name}", value.clone() if _is_tensor(value) else value)
-    live: dict[int, tuple[Any, float]] = {}  # each tensor once
     for group, name in options:
-        value, rate = group[name], group[f"initial_{name}"] * factor
-        if _is_tensor(value) and not _is_tensor(rate):
-            live[id(value)] = (value, rate)
-        else:
-            _write(group, name, rate)
-    if live:
-        _fill(*map(list, zip(*live.values())))
+        _write(group, name, group[f"initial_{name}"] * factor)
 
 
 def set_momentum(optimizer: "torch.optim.Optimizer", schedule: Schedule, update: int) -> None:
@@ -141,14 +134,6 @@ def _write(group: dict[str, Any], name: str, value: "float | Tensor") -> None:
         current.copy_(value)
     else:
         current.fill_(value)
-
-
-def _fill(tensors: "list[Tensor]", values: list[float]) -> None:
-    """All at once: beside a small update a launch for each is long."""
-    import torch
-
-    torch._foreach_zero_(tensors)
-    torch._foreach_add_(tensors, values)
 
 
 def _is_tensor(value: Any) -> bool:

@@ -80,10 +80,7 @@ class MicroStep:
         self._weights: Mapping[str, Tensor] = {}
         if self.precision.dtype is not None and training.accumulation > 1:
             self._weights = model.matmul_weights()
-        self._cast = {
-            name: weight.detach().to(self.precision.dtype).requires_grad_(weight.requires_grad)
-            for name, weight in self._weights.items()
-        }
+        self._cast = {name: weight.detach().to(self.precision.dtype) for name, weight in self._weights.items()}
         self._forward: Callable[..., ModelOutput] = self._run_model
         self._whole: Callable[..., tuple[Tensor, Tensor]] | None = None
         self.compiled = training.program != "eager"
@@ -95,9 +92,13 @@ class MicroStep:
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Before the micro-batches of an update: casts the weights as they are now."""
-        if self._weights:
-            torch._foreach_copy_(list(self._cast.values()), list(self._weights.values()))
+        """Before the micro-batches of an update: casts the weights as they are now; what an update that failed left is gone."""
+        if not self._weights:
+            return
+        for name, weight in self._weights.items():
+            self._cast[name].grad = None
+            self._cast[name].requires_grad_(weight.requires_grad)
+        torch._foreach_copy_(list(self._cast.values()), list(self._weights.values()))
 
     @torch.no_grad()
     def add_gradients(self) -> None:
@@ -127,8 +128,7 @@ class MicroStep:
         if self.worked or not self.compiled:
             return False
         self._forward, self._whole, self.compiled = self._run_model, None, False
-        for weight in self._cast.values():
-            weight.grad = None
+        self.begin()
         self.notice = f"torch.compile failed ({first_line(error)}); operations run one by one"
         return True
 

@@ -109,6 +109,21 @@ def test_a_users_own_capture_follows_live_learning_rates_and_gradients_at_other_
     assert_close(ours, theirs)
 
 
+def test_live_options_that_become_numbers_again_are_followed() -> None:
+    ours, theirs = build(weight_decay=0.5), plain(build(weight_decay=0.5))
+    live = torch.tensor(0.5, device="cuda")
+    for step, decay in enumerate((0.5, live, 0.0, live, 0.25)):
+        new_gradients(ours, theirs)
+        for optimizer in (ours, theirs):
+            for group in optimizer.param_groups:
+                group["weight_decay"] = decay
+                group["lr"] = live if step == 3 else 0.02
+        ours.step()
+        theirs.step()
+    assert kernels._plans[ours].refused is None
+    assert_close(ours, theirs)
+
+
 def test_the_same_steps_give_the_same_bits() -> None:
     results = []
     for _ in range(2):
@@ -168,8 +183,12 @@ def test_sums_in_fp16_that_a_model_allows_itself_are_not_the_optimizers() -> Non
 def test_the_first_step_compiles_nothing_that_was_not_compiled_together(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton import knobs
 
-    from muonlab.optim.kernels import fused
+    from muonlab.optim.kernels import elementwise, fused, products
 
+    kernels_ = [products.gram_kernel.fn, products.symmetric_kernel.fn, *vars(elementwise).values()]
+    for kernel in kernels_:
+        if hasattr(kernel, "device_caches"):
+            kernel.device_caches.clear()  # as in a new process
     late: list[str] = []
     together = fused.compile_together
 
@@ -178,11 +197,10 @@ def test_the_first_step_compiles_nothing_that_was_not_compiled_together(monkeypa
         monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **event: late.append(event["repr"]))
 
     monkeypatch.setattr(fused, "compile_together", counted)
-    # a shape and coefficients that no other test compiles for
     params = [nn.Parameter(torch.randn(shape, device="cuda")) for shape in ((320, 648), (648, 320), (24, 40), (33,))]
     for param in params:
         param.grad = torch.randn_like(param)
-    optimizer = Muon(params, coefficients="cubic5")
+    optimizer = Muon(params)
     optimizer.step()
     assert kernels._plans[optimizer].refused is None
     assert late == []

@@ -56,6 +56,7 @@ class FusedStep:
         self._gradients_now: list[int] | None = None
         self._hyper_now: list[float] | None = None
         self._live: list[int] = []
+        self._live_tables: dict[tuple[int, ...], Tensor] = {}
         # Launches of a lane follow each other; lanes run beside each other. They must not refer to the plan: a cycle would
         # leave its graph to the garbage collector, which may run while another graph is captured and spoil that.
         self._lanes: list[list[Callable[[], object]]] = [[] for _ in range(tables.LANES)]
@@ -71,7 +72,6 @@ class FusedStep:
         self._host_hyper = memoryview(host)[count:].cast("B").cast("f")
         self._moving = self._zeros(len(self._host), dtype=torch.int64)
         self._pointers = self._moving[:count].view(shape)
-        self._live_entries = self._moving[:0]
         self._hyper = self._moving[count:].view(torch.float32).view(len(groups), width)
         cuda = self._device.type == "cuda"
         self._spare = [torch.empty(shape, dtype=torch.int64, pin_memory=cuda) for _ in range(_CAPTURES)]
@@ -119,13 +119,15 @@ class FusedStep:
         entries = [index for index, _ in live]
         if capturing and (values != self._hyper_now or entries != self._live or not self._upload_captured(gradients)):
             return False
+        if entries != self._live:
+            self._live, self._hyper_now = entries, None  # what is a number again is not on the device yet
+            # Kept with the plan: a user's capture that reads one may be replayed at any time.
+            self._live_tables.setdefault(tuple(entries), self._table(entries, torch.int64))
         if not capturing:
             self._upload(gradients, values)
-        if entries != self._live:
-            self._live, self._live_entries = entries, self._table(entries, torch.int64)
         if live:
-            now = torch.stack([tensor.view(()) for _, tensor in live])
-            self._hyper.view(-1).index_copy_(0, self._live_entries, now.float())
+            now = torch.stack([tensor.view(()).to(self._device, torch.float32) for _, tensor in live])
+            self._hyper.view(-1).index_copy_(0, self._live_tables[tuple(entries)], now)
         if keep is not None:
             self._pointers[:, elementwise.GRAD.value].mul_(keep)
             self._gradients_now = None
@@ -422,7 +424,7 @@ def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _workspace(matrix: Matrix) -> tuple[int, torch.dtype, bool]:
     """What slices with one workspace have in common."""
-    return matrix.short, matrix.dtype, tables.is_exact(matrix.short, matrix.iteration)
+    return matrix.short, matrix.dtype, not matrix.iteration.sturdy
 
 
 def _gain(matrix: Matrix) -> float:

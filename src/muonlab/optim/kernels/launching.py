@@ -3,7 +3,8 @@
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
+from contextlib import suppress
+from contextvars import Context, ContextVar
 from typing import Any
 
 import triton
@@ -30,14 +31,15 @@ def launch(kernel: Any, grid: Any, *arguments: Any, **flags: Any) -> None:
 
 
 def compile_together(launches: Iterable[Callable[[], object]]) -> None:
-    """Compiles what `launches` launch, on all processors; what fails will fail again where it is used."""
-    mode = getattr(triton, "AsyncCompileMode", None)
-    if mode is None or products.INTERPRETED:
-        return
-    with ThreadPoolExecutor(os.cpu_count()) as pool, mode(pool, ignore_errors=True):
-        token = _compiling.set(True)
-        try:
-            for each in launches:
-                each()
-        finally:
-            _compiling.reset(token)
+    """Compiles what `launches` launch, on all processors. What fails fails again where it is used, or is no candidate there."""
+    if not products.INTERPRETED and hasattr(triton, "AsyncCompileMode"):
+        with suppress(Exception):
+            # A context of its own: Triton's mode must not meet a user's, nor outlive an interruption.
+            Context().run(_compile, launches)
+
+
+def _compile(launches: Iterable[Callable[[], object]]) -> None:
+    _compiling.set(True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        for each in launches:
+            each()

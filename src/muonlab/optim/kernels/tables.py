@@ -104,24 +104,17 @@ class Slice:
 def blocks_of(m: int, n: int, iteration: Iteration, method: str = "auto") -> tuple[int, ...]:
     """How many steps of the polar iteration each block takes, for matrices with smaller side `m` and larger side `n`.
 
-    "standard" is one by one. "gram" is three steps, then one by one, or two more together where the iteration is sturdy: what
-    few operations allow as long as the error against fp64 stays within 1.2 times that of the standard fp16 iteration on spectra
-    from flat to 1e-7 (`benchmarks/gram_blocks.py`). "auto" is gram except for small matrices, where it saves little, and for nearly
-    square ones, where it saves nothing. Below 64 rows the error of a block is larger: those take single steps always.
+    "standard" is one by one. "gram" and "auto" are three steps, then one by one, or two more together where the iteration is
+    sturdy: what few operations allow as long as the error against fp64 stays within 1.2 times that of the standard fp16 iteration
+    on spectra from flat to 1e-7 (`benchmarks/gram_blocks.py`). Small and nearly square matrices take single steps in any case: a
+    block would be less exact there and save little or nothing.
     """
     steps = len(iteration.steps)
-    grouped = m >= 64 if method == "gram" else method == "auto" and m >= 256 and n >= 2 * m
-    if steps < 3 or not grouped:
+    if steps < 3 or method == "standard" or m < 256 or n < 2 * m:
         return (1,) * steps
     if steps == 5 and iteration.sturdy:
         return (3, 2)
     return (3, *[1] * (steps - 3))
-
-
-def is_exact(m: int, iteration: Iteration) -> bool:
-    """Whether T = W R has to be added with what rounding took away, too: in small matrices, which average few roundings, and
-    where the iteration is not sturdy."""
-    return m < 128 or not iteration.sturdy
 
 
 def matrices_of(
