@@ -98,14 +98,13 @@ def largest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     Maxima one after another, which a compiler fuses into what surrounds them; torch.topk on a GPU sorts in two kernels.
     """
-    if x.is_cuda:
-        rest, where = x.detach(), []
-        for _ in range(count):
-            where.append(rest.argmax(-1, keepdim=True))
-            rest = rest.scatter(-1, where[-1], -torch.inf)
-        experts = torch.cat(where, -1)
-    else:
-        experts = x.detach().topk(count, dim=-1).indices
+    if not x.is_cuda and not torch.compiler.is_compiling():
+        return x.topk(count, dim=-1)
+    rest, where = x.detach(), []
+    for _ in range(count):
+        where.append(rest.argmax(-1, keepdim=True))
+        rest = rest.scatter(-1, where[-1], -torch.inf)
+    experts = torch.cat(where, -1)
     # Not a gather, whose backward pass scatters: torch 2.13 compiles that, beside other losses of x, to a gradient of nearly zero.
     chosen = experts[..., None] == torch.arange(x.shape[-1], device=x.device)  # [N, count, E]
     return (x[:, None, :] * chosen).sum(-1), experts
