@@ -1,5 +1,5 @@
 """How exact the polar iteration of the GPU kernels is, with fp16 emulated on a CPU: the evidence for which steps
-`tables.blocks_of` groups into blocks, and for which coefficients T keeps its rest (`CoefficientSet.sturdy`) (`muonlab.optim.kernels`).
+`muonlab.optim.kernels.tables.blocks_of` groups into blocks, and for which coefficients are `sturdy`, so that T needs no rest.
 
     OMP_NUM_THREADS=1 python benchmarks/gram_blocks.py -o benchmarks/results/gram_blocks.json
 

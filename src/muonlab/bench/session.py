@@ -172,10 +172,11 @@ def run_all(device: str, threads: int, folder: Path, *, quick: bool, say: Callab
     sets = ["tiny"] if quick else ["moe-79m", "qwen-0.5b", "llama-1b", "gpt-124m", "nanochat-d20"]
     models = ["tiny"] if quick else ["moe-79m", "dense-128", "dense-128-4k", "gpt-124m"]
     repeats, rounds, updates = (3, 2, 1) if quick or not cuda else (30, 5, READ_EVERY)
+    fewer = min(updates, 5)  # an update of plain PyTorch takes far longer
     parts: list[tuple[str, Callable[[Session], object]]] = [
         ("step", lambda s: run_step(s, sets[:3], known, repeats)),
         ("train", lambda s: run_train(s, models, ours, ["muon"], rounds, updates)),
-        ("train_peers", lambda s: run_train(s, models, ["eager", "compile"], ["adamw"], rounds, min(updates, 5))),
+        ("train_peers", lambda s: run_train(s, models, ["eager", "compile"], ["adamw"], rounds, fewer)),
         ("profile", lambda s: run_profile(s, models[:1], ours, ["muon"], 3)),
     ]
     if sets[3:]:

@@ -49,9 +49,8 @@ class Precision:
 def seed_draws(device: torch.device, seed: int) -> None:
     """Seeds what operations on `device` draw from; torch.manual_seed seeds every device, which takes as long as a small update."""
     if device.type == "cuda":
-        torch.cuda.default_generators[
-            torch.cuda.current_device() if device.index is None else device.index
-        ].manual_seed(seed)
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
     else:
         torch.manual_seed(seed)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from muonlab import Muon
 from muonlab.optim import kernels
 from muonlab.optim.coefficients import resolve
+from muonlab.optim.kernels import tables
 
 SPECTRA = (0.0, -1.0, -3.0, -5.0, -7.0)
 # An interpreted program takes milliseconds for what a GPU does in nanoseconds.
@@ -96,7 +97,7 @@ def test_steps_in_blocks_of_any_length_make_the_same_polynomial(
 
     count, (rows, cols), m = 3, shape, min(shape)
     matrices = [log_spaced(rows, cols, decades) for decades in (0.0, -1.0, -3.0)]
-    x = torch.zeros(count, rows, iteration.pitch_of(cols), dtype=torch.float16, device=DEVICE)
+    x = torch.zeros(count, rows, tables.pitch_of(cols), dtype=torch.float16, device=DEVICE)
     x[:, :, :cols] = torch.stack(matrices)
     scale = 1 / torch.linalg.vector_norm(x.float(), dim=(1, 2))
     section = iteration.Section(x, torch.zeros_like(x), cols, 0)
@@ -193,7 +194,7 @@ def test_products_of_ragged_tiles_are_right_and_write_nothing_but_their_matrices
     buffers = []
 
     def bank(height: int, width: int) -> Tensor:
-        pitch = iteration.pitch_of(width)
+        pitch = tables.pitch_of(width)
         flat = torch.full((count * height * pitch + 512,), 7.0, dtype=torch.float16, device=DEVICE)
         inner = flat[256:-256].view(count, height, pitch)
         buffers.append((flat, inner[:, :, width:]))

@@ -55,7 +55,7 @@ class FusedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._gradients_now: list[int] | None = None
         self._hyper_now: list[float] | None = None
-        self._live: list[int] = []
+        self._live: tuple[int, ...] = ()
         self._live_tables: dict[tuple[int, ...], Tensor] = {}
         # Launches of a lane follow each other; lanes run beside each other. They must not refer to the plan: a cycle would
         # leave its graph to the garbage collector, which may run while another graph is captured and spoil that.
@@ -116,18 +116,19 @@ class FusedStep:
         """
         capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         values, live = self._hyper_values()
-        entries = [index for index, _ in live]
+        entries = tuple(index for index, _ in live)
         if capturing and (values != self._hyper_now or entries != self._live or not self._upload_captured(gradients)):
             return False
         if entries != self._live:
             self._live, self._hyper_now = entries, None  # what is a number again is not on the device yet
-            # Kept with the plan: a user's capture that reads one may be replayed at any time.
-            self._live_tables.setdefault(tuple(entries), self._table(entries, torch.int64))
+            if entries not in self._live_tables:
+                # Kept with the plan: a user's capture that reads one may be replayed at any time.
+                self._live_tables[entries] = self._table(entries, torch.int64)
         if not capturing:
             self._upload(gradients, values)
         if live:
             now = torch.stack([tensor.view(()).to(self._device, torch.float32) for _, tensor in live])
-            self._hyper.view(-1).index_copy_(0, self._live_tables[tuple(entries)], now)
+            self._hyper.view(-1).index_copy_(0, self._live_tables[entries], now)
         if keep is not None:
             self._pointers[:, elementwise.GRAD.value].mul_(keep)
             self._gradients_now = None

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from muonlab.optim.coefficients import Step
-from muonlab.optim.kernels import products
+from muonlab.optim.kernels import products, tables
 from muonlab.optim.kernels.launching import launch
 from muonlab.optim.polar import newton_schulz
 
@@ -76,17 +76,12 @@ class Workspace:
         """exact: T is added with what rounding took away, too."""
 
         def symmetric(rest: bool) -> Symmetric:
-            off = torch.zeros(count, m, pitch_of(m), dtype=dtype, device=device)
+            off = torch.zeros(count, m, tables.pitch_of(m), dtype=dtype, device=device)
             return Symmetric(off, torch.zeros(count, m, device=device), torch.zeros_like(off) if rest else None)
 
         turns = (symmetric(False), symmetric(False), symmetric(False))
         ratios = (torch.ones(count, m, device=device), torch.ones(count, m, device=device))
         return cls(symmetric(True), symmetric(exact), turns, ratios)
-
-
-def pitch_of(cols: int) -> int:
-    """Row pitch of a bank: rows start at multiples of 16 bytes."""
-    return -(-cols // 8) * 8
 
 
 def iterate(

@@ -87,8 +87,8 @@ class Matrix:
 
     @property
     def pitch(self) -> int:
-        """Row pitch in its bank: rows start at multiples of 16 bytes."""
-        return -(-self.cols // 8) * 8
+        """Row pitch in its bank."""
+        return pitch_of(self.cols)
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,11 @@ class Slice:
     last: int
     sections: tuple[tuple[int, int], ...]
     runs: tuple[tuple[int, int], ...]
+
+
+def pitch_of(cols: int) -> int:
+    """Row pitch of half-precision matrices in a bank: rows start at multiples of 16 bytes."""
+    return -(-cols // 8) * 8
 
 
 def blocks_of(m: int, n: int, iteration: Iteration, method: str = "auto") -> tuple[int, ...]:
@@ -253,8 +258,7 @@ def slices_of(ordered: Sequence[Matrix], first: int, last: int, budget: int, par
 
 def matrix_bytes(matrix: Matrix) -> int:
     """Bytes of workspace for one matrix: two banks of its shape, at most seven symmetric ones."""
-    pitch = -(-matrix.short // 8) * 8
-    return 2 * (2 * matrix.rows * matrix.pitch + 7 * matrix.short * pitch)
+    return 2 * (2 * matrix.rows * matrix.pitch + 7 * matrix.short * pitch_of(matrix.short))
 
 
 def layout_of(ordered: Sequence[Matrix], slices: Sequence[Slice]) -> list[list[int]]:
