@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from muonlab.models import ModelOutput, Transformer
 from muonlab.models.head import head_sample, head_stats
+from muonlab.optim.kernels.capture import capture
 from muonlab.optim.optimizer import HybridOptimizer
 from muonlab.optim.schedules import applied_lr, set_lr, set_momentum
 from muonlab.training.config import RunConfig
@@ -231,6 +232,8 @@ class Update:
         the loop ends the run as diverged.
         """
         config = self.config
+        # What is compiled and captured is made for one layout.
+        inputs, targets = inputs.contiguous(), targets.contiguous()
         set_lr(self.optimizer, config.schedule.factor(update, config.training.updates))
         set_momentum(self.optimizer, config.schedule, update)
         if self.random:
@@ -352,7 +355,7 @@ class Update:
         graph = torch.cuda.CUDAGraph()
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            with torch.cuda.graph(graph):
+            with capture(graph):
                 result = self._execute(*static)
         except Exception as error:
             torch.cuda.synchronize()
@@ -363,5 +366,6 @@ class Update:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in at most 160 characters."""
+    """What an error says, in at most 160 characters; torch.compile keeps what went wrong inside of its own."""
+    error = getattr(error, "inner_exception", error)
     return (str(error).splitlines() or [type(error).__name__])[0][:160]

@@ -1,5 +1,6 @@
 """The kernels against fp64 and against the plain step: on a GPU as they are, elsewhere in Triton's interpreter."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -462,3 +463,35 @@ def test_in_bfloat16_the_error_is_at_most_that_of_the_standard_bfloat16_iteratio
         exact = polynomial(param.grad, torch.float64)
         error = relative(-param.data.double(), exact)
         assert error <= 1.2 * relative(polynomial(param.grad, torch.bfloat16), exact) + 1e-3, decades
+
+
+@pytest.mark.parametrize("sturdy", [False, True])
+def test_whatever_tiles_are_chosen_nothing_is_read_that_was_not_written(
+    sturdy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`tune` fills the workspace with NaN first."""
+    from muonlab.optim.kernels import iteration, products
+
+    m, n = (320, 648) if GPU else (40, 72)
+    steps = resolve("keller" if sturdy else "polar_express").steps
+    kernels_ = (products.gram_kernel, products.symmetric_kernel)
+    choices = [products.fitting(kernel.configs, names) for kernel, names in zip(kernels_, ({"m": m, "n": n}, {"m": m}))]
+    for chosen in itertools.product(*choices):
+        for kernel, config in zip(kernels_, chosen):
+            monkeypatch.setattr(kernel, "configs", [config])
+        work = iteration.Workspace.allocate(2, m, torch.float16, not sturdy, torch.device(DEVICE))
+        x, y = (torch.zeros(2, m, n, dtype=torch.float16, device=DEVICE) for _ in range(2))
+        scale = torch.ones(2, device=DEVICE)
+        for blocks in ((1, 1, 1, 1, 1), (3, 1, 1), (3, 2)):
+            error = iteration.tune([iteration.Section(x, y, n, 0)], work, steps, blocks, scale)
+            assert error < 0.02, (blocks, *(config.kwargs for config in chosen))
+
+
+def test_tiles_that_read_what_rounding_took_are_never_larger_than_those_that_wrote_it() -> None:
+    from muonlab.optim.kernels import products
+
+    for m in (8, 64, 65, 384, 512, 513, 4096):
+        gram = products.fitting(products.gram_kernel.configs, {"m": m, "n": 2 * m})
+        symmetric = products.fitting(products.symmetric_kernel.configs, {"m": m})
+        writers, readers = ([c.kwargs["BLOCK"] for c in configs] for configs in (gram + symmetric, symmetric))
+        assert max(readers) <= min(writers), m

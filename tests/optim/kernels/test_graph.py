@@ -111,7 +111,7 @@ def test_a_users_own_capture_follows_live_learning_rates_and_gradients_at_other_
 
 def test_live_options_that_become_numbers_again_are_followed() -> None:
     ours, theirs = build(weight_decay=0.5), plain(build(weight_decay=0.5))
-    live = torch.tensor(0.5, device="cuda")
+    live = torch.tensor(0.03, device="cuda")
     for step, decay in enumerate((0.5, live, 0.0, live, 0.25)):
         new_gradients(ours, theirs)
         for optimizer in (ours, theirs):

@@ -6,6 +6,7 @@
     iteration     the polar iteration on banks
     tables        which matrices there are, where they lie, which lane they take
     places        what a plan was made for, and whether it is still so
+    capture       a CUDA graph, captured so that neither it nor its failure disturbs anything
     fused         the plan: tables, banks, launches, graph
 
 Nothing here imports Triton before `step` meets a parameter on a GPU.

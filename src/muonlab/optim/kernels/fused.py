@@ -5,12 +5,10 @@ step to step: their addresses go to the device in one small asynchronous copy, a
 and the same graph is replayed. A parameter without a gradient has address 0 and is left alone.
 """
 
-import gc
 import math
 import operator
 from array import array
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import cache
 from itertools import chain
 from typing import Any
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from muonlab.optim.coefficients import Step
 from muonlab.optim.kernels import State, Unsupported, elementwise, iteration, tables
+from muonlab.optim.kernels.capture import capture
 from muonlab.optim.kernels.launching import compile_together, launch
 from muonlab.optim.kernels.places import Places, Signature, look
 from muonlab.optim.kernels.tables import Launch, Matrix, Slice
@@ -137,7 +136,7 @@ class FusedStep:
             return True
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            with _uncollected(), torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            with capture(graph, self._stream):
                 self._launch()
             self._graph = graph
         self._graph.replay()
@@ -295,7 +294,7 @@ class FusedStep:
                 _after(*run, t, result)
 
         return [
-            lambda: _tune(sections, work, steps, blocks),
+            lambda: _tune(sections, work, steps, blocks, scale),
             before,
             lambda: iteration.iterate(sections, work, steps, blocks, scale),
             after,
@@ -362,9 +361,13 @@ def _bound(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> Ca
 
 
 def _tune(
-    sections: list[iteration.Section], work: iteration.Workspace, steps: tuple[Step, ...], blocks: tuple[int, ...]
+    sections: list[iteration.Section],
+    work: iteration.Workspace,
+    steps: tuple[Step, ...],
+    blocks: tuple[int, ...],
+    scale: Tensor,
 ) -> None:
-    error = iteration.tune(sections, work, steps, blocks)
+    error = iteration.tune(sections, work, steps, blocks, scale)
     if not error < _TOLERANCE[work.gram.off.dtype]:
         raise Unsupported(f"this GPU, whose kernels do not agree with torch (error {error:.2g})")
 
@@ -397,18 +400,6 @@ def _after(run: Launch, first: int, start: int, last: int, end: int, t: dict[str
         t["chunks"], t["pointers"], t["layout"], t["hyper"], t["factors"], t["active"], t["scale"], bank, start,
         _TYPES[run.dtypes[0]], run.cautious, run.skip_idle, run.flat, run.align, elementwise.CHUNK, num_warps=_WARPS,
     )  # fmt: skip
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage collection: one that destroys a graph spoils a capture under way."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -83,6 +83,15 @@ class Workspace:
         ratios = (torch.ones(count, m, device=device), torch.ones(count, m, device=device))
         return cls(symmetric(True), symmetric(exact), turns, ratios)
 
+    def forget(self) -> None:
+        """Makes all of it NaN."""
+        for matrix in (self.gram, self.half, *self.turns):
+            for part in (matrix.off, matrix.diagonal, matrix.rest):
+                if part is not None:
+                    part.fill_(torch.nan)
+        for ratio in self.ratios:
+            ratio.fill_(torch.nan)
+
 
 def iterate(
     sections: Sequence[Section],
@@ -140,12 +149,15 @@ def _polynomial(work: Workspace, count: int, steps: Sequence[Step], ratios: Tens
     return product
 
 
-def tune(sections: Sequence[Section], work: Workspace, steps: Sequence[Step], blocks: Sequence[int]) -> float:
+def tune(
+    sections: Sequence[Section], work: Workspace, steps: Sequence[Step], blocks: Sequence[int], scale: Tensor
+) -> float:
     """Compiles and tunes the kernels on random matrices; returns their largest error against torch in fp32.
 
-    What a compiler got wrong on some device must not train a model in silence.
+    What a compiler got wrong on some device must not train a model in silence, nor what is read before it was written: the
+    workspace begins as NaN. Arguments as in `iterate`, overwritten.
     """
-    scale = torch.empty(sum(len(section.x) for section in sections), device=work.gram.off.device)
+    work.forget()
     samples = []
     generator = torch.Generator(scale.device).manual_seed(0)  # the user's own is not touched
     for section in sections:

@@ -77,8 +77,13 @@ def _time(call, quantiles):
 
 
 def fitting(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
-    """Small tiles for small matrices, large ones for large; both are tried in between."""
-    least, most = (128 if arguments["m"] > 512 else 0), (128 if arguments["m"] > 64 else 64)
+    """Small tiles for small matrices, large ones for large; R alone has a choice in between.
+
+    What rounding took away is stored for tiles of the lower triangle only. Tiles that read it, those of `symmetric_kernel`, must
+    therefore never be larger than those that wrote it: on the diagonal they would reach beyond.
+    """
+    m, is_gram = arguments["m"], "n" in arguments
+    least, most = (128 if m > 512 else 0), (128 if m > (64 if is_gram else 512) else 64)
     return [config for config in configs if least <= config.kwargs["BLOCK"] <= most] or configs
 
 
