@@ -1,12 +1,14 @@
 """`bench train` and `bench profile`: the numbers' arithmetic, and that a row names the program that really ran."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from muonlab.bench import profile, train
-from muonlab.bench.plain import Plain, check_same_loss, optimizers_of
+from muonlab.bench.plain import LR, Plain, PlainUpdate, check_same_loss, optimizers_of
 from muonlab.bench.session import Session, run_profile, run_train
 from muonlab.diagnostics.flops import token_flops
 from muonlab.errors import InputError
@@ -119,7 +121,7 @@ def test_the_plain_model_is_the_same_model(model):
 @pytest.mark.parametrize(("name", "classes"), [("adamw", ["AdamW"]), ("muon", ["Muon", "AdamW"])])
 def test_the_plain_optimizers_hold_every_parameter_once_and_do_not_decay_embeddings(name, classes):
     model = Plain(train.CASES["tiny"].model)
-    optimizers = optimizers_of(model, name, 0.1)
+    optimizers = optimizers_of(model, name, 0.1, [])
     assert [type(optimizer).__name__ for optimizer in optimizers] == classes
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     held = [id(param) for group in groups for param in group["params"]]
@@ -129,12 +131,22 @@ def test_the_plain_optimizers_hold_every_parameter_once_and_do_not_decay_embeddi
     assert decay[id(model.head.weight)] == decay[id(model.blocks[0].attention.output.weight)] == 0.1
 
 
-def test_torchs_muon_cannot_take_experts_and_the_row_says_so():
-    (row,) = train.with_utilisation(measured([{**ours(optimizer="muon"), "side": "plain"}], "micro-moe"), RATES, None)
-    assert "stacks" in row["failed"]
-
-
-# --- profile ----------------------------------------------------------------------------------------------------------
+def test_torchs_muon_updates_every_expert_of_a_stack_as_a_matrix_of_its_own():
+    options = replace(train.CASES["tiny"].model, n_experts=4, top_k=2)
+    update = PlainUpdate(options, {"program": "eager", "optimizer": "muon"}, torch.device("cpu"), 1, 0.1, 1e9)
+    stacks = [parameter for parameter in update.model.parameters() if parameter.ndim == 3]
+    before = [stack.detach().clone() for stack in stacks]
+    tokens = torch.randint(options.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
+    update(tokens[:, :-1], tokens[:, 1:])
+    assert len(stacks) == 2 * options.n_layers
+    for stack, old in zip(stacks, before):
+        alone = [nn.Parameter(expert.clone()) for expert in old]
+        for expert, grad in zip(alone, stack.grad):
+            expert.grad = grad.clone()
+        rule = {"lr": LR["muon"], "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+        torch.optim.Muon(alone, **rule).step()
+        torch.testing.assert_close(stack, torch.stack(list(alone)))
+        assert not torch.equal(stack, old)
 
 
 def test_gaps_are_what_lies_between_the_union_of_kernels():

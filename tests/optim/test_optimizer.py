@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from muonlab import Muon
 from muonlab.errors import InputError
@@ -590,3 +591,55 @@ def test_the_state_of_a_vector_of_another_length_is_refused_and_nothing_changes(
     with pytest.raises(InputError, match=r"0.bias has shape \(8,\) where this optimizer has \(5,\)"):
         receiver.load_state_dict(optimizer.state_dict())
     assert not receiver.state
+
+
+def test_hooks_of_one_optimizer_and_of_all_see_every_step_and_a_profiler_its_range():
+    param = nn.Parameter(matrix(4, 6))
+    optimizer, seen = Muon([param]), []
+
+    def hook(name):
+        return lambda owner, args, kwargs: seen.append((name, owner is optimizer))
+
+    def step():
+        seen.clear()
+        param.grad = matrix(4, 6, seed=1)
+        optimizer.step()
+        return [name for name, own in seen if own]
+
+    assert step() == []
+    handles = [optimizer.register_step_pre_hook(hook("before")), optimizer.register_step_post_hook(hook("after"))]
+    assert step() == ["before", "after"]
+    for handle in handles:
+        handle.remove()
+    handles = [
+        register_optimizer_step_pre_hook(hook("all, before")),
+        register_optimizer_step_post_hook(hook("all, after")),
+    ]
+    assert step() == ["all, before", "all, after"]
+    for handle in handles:
+        handle.remove()
+    assert step() == []
+    with torch.profiler.profile() as profile:
+        step()
+    assert "Optimizer.step#Muon.step" in [event.key for event in profile.key_averages()]
+
+
+def test_a_closure_computes_gradients_and_the_step_leaves_gradient_mode_as_it_was():
+    param = nn.Parameter(matrix(4, 6))
+    optimizer = Muon([param])
+
+    def closure():
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        loss = (param**2).sum()
+        loss.backward()
+        return loss
+
+    before = param.detach().clone()
+    with torch.no_grad():
+        assert optimizer.step(closure) == (before**2).sum()
+        assert not torch.is_grad_enabled()
+    optimizer.step()
+    assert torch.is_grad_enabled()
+    assert param.requires_grad
+    assert not torch.equal(param, before)

@@ -35,7 +35,8 @@ class PlainUpdate:
         torch.manual_seed(1)
         self.model = Plain(options).to(device)
         self.model.load_state_dict(Transformer(options).state_dict())
-        self.optimizers = optimizers_of(self.model, contestant["optimizer"], weight_decay)
+        self.experts: list[tuple[nn.Parameter, list[nn.Parameter]]] = []
+        self.optimizers = optimizers_of(self.model, contestant["optimizer"], weight_decay, self.experts)
         self.schedulers = [
             torch.optim.lr_scheduler.CosineAnnealingLR(o, UPDATES, eta_min=0.1 * o.param_groups[0]["lr"])
             for o in self.optimizers
@@ -59,6 +60,9 @@ class PlainUpdate:
             total += loss.detach()
         self._phase("optimizer")
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        for stack, matrices in self.experts:
+            for matrix, grad in zip(matrices, stack.grad if stack.grad is not None else (), strict=True):
+                matrix.grad = grad
         for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
             optimizer.step()
             scheduler.step()
@@ -70,8 +74,13 @@ class PlainUpdate:
             self.on_phase(name)
 
 
-def optimizers_of(model: nn.Module, name: str, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """torch's own: AdamW for everything, or Muon for hidden matrices and AdamW for the rest."""
+def optimizers_of(
+    model: nn.Module, name: str, weight_decay: float, experts: list[tuple[nn.Parameter, list[nn.Parameter]]]
+) -> list[torch.optim.Optimizer]:
+    """torch's own: AdamW for everything, or Muon for hidden matrices and AdamW for the rest.
+
+    torch's Muon takes matrices only: of a stack it gets views, appended to `experts` with the stack whose gradient is theirs.
+    """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for parameter_name, parameter in model.named_parameters():
@@ -90,8 +99,9 @@ def optimizers_of(model: nn.Module, name: str, weight_decay: float) -> list[torc
     )
     if name == "adamw":
         return [rest]
-    if any(matrix.ndim > 2 for matrix in matrices):
-        raise ValueError("torch.optim.Muon takes matrices only, and the experts are stacks of them")
+    for stack in [matrix for matrix in matrices if matrix.ndim > 2]:
+        experts.append((stack, [nn.Parameter(matrix) for matrix in stack.detach()]))
+    matrices = [matrix for matrix in matrices if matrix.ndim == 2] + [one for _, parts in experts for one in parts]
     return [torch.optim.Muon(matrices, lr=LR["muon"], weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"), rest]
 
 

@@ -4,6 +4,7 @@ A step walks the parameter groups. Matrices of one shape, whatever parameter, ex
 updated together as one stack by `step.update_matrices`; entries of all other parameters by `step.update_entries`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from muonlab.errors import InputError
 from muonlab.optim import kernels, rules
@@ -90,7 +92,6 @@ class HybridOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update from the gradients in place; parameters without a gradient are left alone.
 
@@ -101,20 +102,36 @@ class HybridOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = self.param_groups
-        keep = None
-        if not kernels.replay(self):
-            work = [(group, [param for param in group["params"] if param.grad is not None]) for group in groups]
-            self._refuse_unfit(work)
-            keep = _all_finite(work) if any(group["skip_nonfinite"] for group in groups) else None
-            for group, params in kernels.step(self, work, self._state, keep):
-                if params and group["rule"] == "muon":
-                    self._step_matrices(group, params, keep)
-                elif params:
-                    self._step_entries(group, params, keep)
+        keep = None if kernels.replay(self) else self._step()
         if self._qk_clip is not None:
             clip_attention_(self._attention, self._qk_clip, keep)
         return loss
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """What torch wraps `step` in: its hooks and a profiler's range, entered only where there are any. While the device
+        waits, an empty range takes as long to open as a hundred parameters to look at."""
+        wrapped: Callable[..., Any] = torch.optim.Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def step(self: HybridOptimizer, *args: Any, **kwargs: Any) -> Any:
+            return (wrapped if _watched(self) else func)(self, *args, **kwargs)
+
+        return step
+
+    @torch.no_grad()
+    def _step(self) -> Tensor | None:
+        """The update where no plan for all of it holds; what says whether it counts, a boolean on the device, if asked for."""
+        groups = self.param_groups
+        work = [(group, [param for param in group["params"] if param.grad is not None]) for group in groups]
+        self._refuse_unfit(work)
+        keep = _all_finite(work) if any(group["skip_nonfinite"] for group in groups) else None
+        for group, params in kernels.step(self, work, self._state, keep):
+            if params and group["rule"] == "muon":
+                self._step_matrices(group, params, keep)
+            elif params:
+                self._step_entries(group, params, keep)
+        return keep
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a `state_dict()` exactly: state keeps its own dtype (torch would cast it to that of the parameter), a live
@@ -285,6 +302,17 @@ def _state_names(group: Mapping[str, Any]) -> tuple[str, ...]:
 def _name(group: Mapping[str, Any], param: Tensor) -> str:
     index = next(i for i, other in enumerate(group["params"]) if other is param)
     return repr(group["param_names"][index]) if "param_names" in group else f"parameter {index}"
+
+
+def _watched(optimizer: HybridOptimizer) -> bool:
+    """Whether anything asked to know of steps."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+        or torch.autograd.profiler._is_profiler_enabled
+    )
 
 
 def _all_finite(work: list[tuple[dict[str, Any], list[Tensor]]]) -> Tensor:
