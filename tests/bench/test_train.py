@@ -1,7 +1,9 @@
 """`bench train` and `bench profile`: the numbers' arithmetic, and that a row names the program that really ran."""
 
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +92,27 @@ def test_contestants_take_turns_on_a_cpu_and_are_alone_on_cuda():
         ["plain", "eager"],
         ["muonlab", "graph"],
     ]
+
+
+def test_every_row_that_has_a_process_of_its_own_finds_compilers_caches_empty(monkeypatch):
+    session = Session("train", "cpu", 1, None, quick=True, say=lambda _: None)
+    places = []
+
+    def rows(measure, specs, *_):
+        (spec,) = specs
+        places.append([os.environ[name] for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")])
+        assert not any(Path(place).exists() for place in places[-1])
+        return [{**spec, "failed": "not measured"}]
+
+    monkeypatch.setattr(session, "isolate", True)
+    monkeypatch.setattr(session, "begin", lambda: None)
+    monkeypatch.setattr(session, "rows", rows)
+    row = {"model": "tiny", **ours()}
+    monkeypatch.setattr(train, "specs", lambda *_: [row, row])
+    before = dict(os.environ)
+    run_train(session, ["tiny"], ["eager"], ["muon"], 1, 1)
+    assert len({place for pair in places for place in pair}) == 4
+    assert dict(os.environ) == before
 
 
 @pytest.mark.parametrize(

@@ -127,19 +127,20 @@ def run_train(
     rounds: int,
     updates: int,
 ) -> list[dict[str, Any]]:
-    """Whole updates of every named model: the rows, printed and written. On a GPU compilers find empty caches, so that the
-    time until the first update is that of a new machine."""
+    """Whole updates of every named model: the rows, printed and written. On a GPU compilers find empty caches for every row, so
+    that the time until the first update is that of a new machine."""
     arguments = (wanted, optimizers, str(session.device), session.threads, rounds, updates)
     train.specs(models, *arguments)
     session.begin()
     found: list[dict[str, Any]] = []
     peak = session.result["stated_peak_flops"]
     for model in models:
-        with empty_caches() if session.isolate else contextlib.nullcontext():
-            specs = train.specs([model], *arguments)
-            new = session.rows(
-                train.measure, specs, 240.0, lambda row: train.with_utilisation(row, session.rates, peak)
-            )
+        new: list[dict[str, Any]] = []
+        for spec in train.specs([model], *arguments):
+            with empty_caches() if session.isolate else contextlib.nullcontext():
+                new += session.rows(
+                    train.measure, [spec], 240.0, lambda row: train.with_utilisation(row, session.rates, peak)
+                )
         session.say(tables.train_table(model, new))
         found += new
     session.draw(train_points(found))
