@@ -162,6 +162,7 @@ def test_torchs_muon_updates_every_expert_of_a_stack_as_a_matrix_of_its_own():
     tokens = torch.randint(options.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
     update(tokens[:, :-1], tokens[:, 1:])
     assert len(stacks) == 2 * options.n_layers
+    first = [stack.grad.clone() for stack in stacks]
     for stack, old in zip(stacks, before):
         alone = [nn.Parameter(expert.clone()) for expert in old]
         for expert, grad in zip(alone, stack.grad):
@@ -170,6 +171,12 @@ def test_torchs_muon_updates_every_expert_of_a_stack_as_a_matrix_of_its_own():
         torch.optim.Muon(alone, **rule).step()
         torch.testing.assert_close(stack, torch.stack(list(alone)))
         assert not torch.equal(stack, old)
+    with torch.no_grad():
+        for stack, old in zip(stacks, before):
+            stack.copy_(old)
+    update(tokens[:, :-1], tokens[:, 1:])  # the rest of the model has moved a little
+    for stack, grad in zip(stacks, first):
+        assert 0.5 < stack.grad.norm() / grad.norm() < 1.5  # not the sum of both updates' gradients
 
 
 def test_gaps_are_what_lies_between_the_union_of_kernels():

@@ -48,8 +48,7 @@ class PlainUpdate:
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """inputs, targets [sequences, T]."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         total = torch.zeros((), device=inputs.device)
         for x, y in zip(inputs.chunk(self.accumulation), targets.chunk(self.accumulation), strict=True):
             self._phase("forward")
@@ -61,7 +60,8 @@ class PlainUpdate:
         self._phase("optimizer")
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         for stack, matrices in self.experts:
-            for matrix, grad in zip(matrices, stack.grad if stack.grad is not None else (), strict=True):
+            assert stack.grad is not None
+            for matrix, grad in zip(matrices, stack.grad, strict=True):
                 matrix.grad = grad
         for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
             optimizer.step()

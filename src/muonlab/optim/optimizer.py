@@ -109,8 +109,8 @@ class HybridOptimizer(torch.optim.Optimizer):
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """What torch wraps `step` in: its hooks and a profiler's range, entered only where there are any. While the device
-        waits, an empty range takes as long to open as a hundred parameters to look at."""
+        """What torch wraps `step` in: its hooks and a profiler's range, entered only where there are hooks or a profiler that
+        Python knows of. With cold caches an empty range takes 0.06 ms, while the device waits."""
         wrapped: Callable[..., Any] = torch.optim.Optimizer.profile_hook_step(func)
 
         @functools.wraps(func)

@@ -234,6 +234,7 @@ class Update:
         config = self.config
         # What is compiled and captured is made for one layout.
         inputs, targets = inputs.contiguous(), targets.contiguous()
+        document_ids = None if document_ids is None else document_ids.contiguous()
         set_lr(self.optimizer, config.schedule.factor(update, config.training.updates))
         set_momentum(self.optimizer, config.schedule, update)
         if self.random:
@@ -367,5 +368,5 @@ class Update:
 
 def first_line(error: Exception) -> str:
     """What an error says, in at most 160 characters; torch.compile keeps what went wrong inside of its own."""
-    error = getattr(error, "inner_exception", error)
+    error = getattr(error, "inner_exception", None) or error
     return (str(error).splitlines() or [type(error).__name__])[0][:160]

@@ -495,3 +495,41 @@ def test_tiles_that_read_what_rounding_took_are_never_larger_than_those_that_wro
         symmetric = products.fitting(products.symmetric_kernel.configs, {"m": m})
         writers, readers = ([c.kwargs["BLOCK"] for c in configs] for configs in (gram + symmetric, symmetric))
         assert max(readers) <= min(writers), m
+
+
+@pytest.mark.parametrize("readers", ["small", "large"])
+def test_tiles_that_read_what_was_not_written_do_not_pass_although_tuning_tried_larger_ones(
+    readers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tuning runs all candidates: the larger one leaves what the smaller one, R's here, does not write."""
+    import triton
+
+    from muonlab.optim.kernels import iteration, products
+
+    small, large = (64, 128) if GPU else (16, 32)
+    m, n = (256, 600) if GPU else (32, 48)
+
+    def choose(kernel: Any, hook: Any, wanted: int) -> None:
+        turns = itertools.cycle((small, large))
+
+        def bench(call: Any, quantiles: Any) -> list[float]:
+            call()
+            return [float(next(turns) != wanted)] * 3
+
+        depth, stages = (64, 3) if GPU else (16, 1)
+        configs = [
+            triton.Config({"BLOCK": block, "DEPTH": depth}, num_warps=4, num_stages=stages, pre_hook=hook)
+            for block in (small, large)
+        ]
+        monkeypatch.setattr(kernel, "configs", configs)
+        monkeypatch.setattr(kernel, "cache", {})
+        monkeypatch.setattr(kernel, "early_config_prune", lambda configs, *_, **__: configs)
+        monkeypatch.setitem(kernel.__dict__, "do_bench", bench)
+
+    choose(products.gram_kernel, products._tile_gram, small)
+    choose(products.symmetric_kernel, products._tile_symmetric, {"small": small, "large": large}[readers])
+    work = iteration.Workspace.allocate(1, m, torch.float16, True, torch.device(DEVICE))
+    x, y = (torch.zeros(1, m, n, dtype=torch.float16, device=DEVICE) for _ in range(2))
+    sections, steps = [iteration.Section(x, y, n, 0)], resolve("polar_express").steps
+    error = iteration.tune(sections, work, steps, (3, 1, 1), torch.ones(1, device=DEVICE))
+    assert (error < 0.02) == (readers == "small")

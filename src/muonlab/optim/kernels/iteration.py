@@ -154,20 +154,24 @@ def tune(
 ) -> float:
     """Compiles and tunes the kernels on random matrices; returns their largest error against torch in fp32.
 
-    What a compiler got wrong on some device must not train a model in silence, nor what is read before it was written: the
-    workspace begins as NaN. Arguments as in `iterate`, overwritten.
+    What a compiler got wrong on some device must not train a model in silence, nor what is read before it was written: once
+    tuned, the kernels run on a workspace of NaN. (Tuning runs every candidate, and one with larger tiles may write what the one
+    that is chosen leaves out.) Arguments as in `iterate`, overwritten.
     """
-    work.forget()
-    samples = []
-    generator = torch.Generator(scale.device).manual_seed(0)  # the user's own is not touched
-    for section in sections:
-        section.x.normal_(generator=generator)
-        own = section.x[:, :, : section.cols]
-        norms = torch.linalg.vector_norm(own, dim=(1, 2), dtype=torch.float32)
-        scale[section.first : section.first + len(own)] = 1 / norms
-        samples.append([own[i].float() / norms[i] for i in (0, -1)])
+    generator = torch.Generator(scale.device)  # the user's own is not touched
+    for _ in range(2):
+        work.forget()
+        generator.manual_seed(0)
+        samples = []
+        for section in sections:
+            section.x.normal_(generator=generator)
+            own = section.x[:, :, : section.cols]
+            norms = torch.linalg.vector_norm(own, dim=(1, 2), dtype=torch.float32)
+            scale[section.first : section.first + len(own)] = 1 / norms
+            samples.append([own[i].float() / norms[i] for i in (0, -1)])
+        results = iterate(sections, work, steps, blocks, scale)
     errors = []
-    for section, pair in zip(iterate(sections, work, steps, blocks, scale), samples):
+    for section, pair in zip(results, samples):
         for index, sample in zip((0, -1), pair):
             expected = newton_schulz(sample if section.wide else sample.mT, tuple(steps))
             result = section.x[index, :, : section.cols].float() * scale[section.first + index % len(section.x)]
