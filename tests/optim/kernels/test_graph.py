@@ -55,6 +55,29 @@ def test_replays_follow_fresh_gradients_and_a_scheduled_learning_rate() -> None:
     assert_close(ours, theirs)
 
 
+def test_a_host_far_ahead_of_the_device_changes_nothing_that_earlier_steps_read() -> None:
+    ours, theirs = build(), plain(build())
+    rates = [0.02 if step % 3 == 0 else 1e-4 for step in range(21)]
+    gradients = [[torch.randn_like(param) for param in params_of(ours)] for _ in rates]
+
+    def steps(optimizer: Muon, first: int, last: int) -> None:
+        for rate, own in zip(rates[first:last], gradients[first:last]):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            for param, grad in zip(params_of(optimizer), own):
+                param.grad = grad.clone()
+            optimizer.step()
+
+    steps(ours, 0, 1)
+    torch.cuda._sleep(1_000_000_000)  # half a second and more
+    steps(ours, 1, 9)
+    assert not torch.cuda.current_stream().query()
+    steps(ours, 9, 21)
+    steps(theirs, 0, 21)
+    assert kernels._plans[ours].made == 1
+    assert_close(ours, theirs)
+
+
 def test_gradients_that_vanish_appear_or_change_layout_are_noticed() -> None:
     ours, theirs = build(), plain(build())
     for step in range(6):
