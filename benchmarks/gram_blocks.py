@@ -39,7 +39,19 @@ DETAILED = "polar_express"
 DECADES = (0.0, -0.15, -0.3, -0.4, -0.5, -0.6, -0.75, -1.0, -1.25, -1.5, -2.0, -3.0, -5.0, -7.0)
 FEW_DECADES = (0.0, -0.3, -0.5, -0.75, -1.0, -1.5, -3.0, -7.0)
 """For m of 1000 and more."""
+RANKS = (0, 1, 5, 20, 100, 383)
+DIRECTIONS = (
+    (3.22e-3, 8.02e-4, 8.97e-5, 3.33e-5, 8.10e-6, 1.71e-6),
+    (5.33e-3, 2.26e-3, 8.50e-4, 6.82e-5, 1.43e-5, 3.14e-6),
+    (3.20e-3, 5.90e-4, 1.20e-4, 2.77e-5, 6.43e-6, 1.29e-6),
+)
+"""Singular values at `RANKS` of directions of three experts of moe-79m (384 x 1536) in its second, fourth and eighth update; power
+laws in between, the last rank that of the matrix."""
 TILE = 128
+
+
+Span = float | tuple[float, ...]
+"""Decades, or a direction."""
 
 
 class Way(NamedTuple):
@@ -114,31 +126,40 @@ def ways(m: int, n: int, name: str) -> list[Way]:
     own = chosen(m, n, name)
     found = [own]
     if max(own.blocks) > 1:
-        every = {own.blocks, (3, 2)} if sum(own.blocks) == 5 else {own.blocks}
+        every = {own.blocks, (3, 1, 1), (3, 2)} if sum(own.blocks) == 5 else {own.blocks}
         found = [Way(blocks, rests, "ratio") for blocks in sorted(every, reverse=True) for rests in ("R", "RT")]
     if name == DETAILED:
         found = [Way((1, 1, 1, 1, 1), "", q) for q in ("exact", "half", "ratio")]
-        for blocks in ((3, 1, 1), (3, 2)):
+        for blocks in ((2, 1, 1, 1), (3, 1, 1), (3, 2)):
             found += [Way(blocks, rests, "ratio") for rests in ("", "R", "RT")]
             found += [Way(blocks, "RT", q) for q in ("exact", "half")]
         found += [Way(blocks, "RT", "ratio") for blocks in ((1, 2, 2), (2, 3))]
     return found
 
 
-def spectra(m: int, n: int, decades: Sequence[float]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def power_laws(values: Sequence[float], m: int) -> Tensor:
+    """Singular values of a direction, [m] fp64."""
+    rank = torch.arange(m, dtype=torch.float64).add(1).log()
+    known = torch.tensor([*RANKS[:-1], m - 1], dtype=torch.float64).add(1).log()
+    logs = torch.tensor(values, dtype=torch.float64).log()
+    at = torch.searchsorted(known, rank, right=True).clamp(1, len(known) - 1)
+    return (logs[at - 1] + (logs[at] - logs[at - 1]) * (rank - known[at - 1]) / (known[at] - known[at - 1])).exp()
+
+
+def spectra(m: int, n: int, spans: Sequence[Span]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Factors U [m, m], V [n, m] and singular values of matrices of norm 1, in fp64."""
     torch.manual_seed(0)
     u = torch.linalg.qr(torch.randn(m, m, dtype=torch.float64))[0]
     v = torch.linalg.qr(torch.randn(n, m, dtype=torch.float64))[0]
-    for span in decades:
-        s = torch.logspace(0, span, m, dtype=torch.float64)
+    for span in spans:
+        s = torch.logspace(0, span, m, dtype=torch.float64) if isinstance(span, float) else power_laws(span, m)
         yield u, v, s / s.norm()
 
 
-def measure(m: int, n: int, names: Sequence[str], decades: Sequence[float]) -> list[dict[str, Any]]:
+def measure(m: int, n: int, names: Sequence[str], spans: Sequence[Span]) -> list[dict[str, Any]]:
     """A row for each set of coefficients and way; errors of the plain iteration once for each set."""
     errors: dict[tuple[str, Way | None], list[float]] = {}
-    for u, v, s in spectra(m, n, decades):
+    for u, v, s in spectra(m, n, spans):
         x = fp16(((u * s) @ v.mT).float())
         for name in names:
             steps = resolve(name).steps
@@ -165,14 +186,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="m x n, m <= n")
     parser.add_argument("--coefficients", nargs="+", default=NAMES, choices=COEFFICIENTS)
+    parser.add_argument("--directions", action="store_true", help="spectra of real directions, not log-spaced ones")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    spans = {}
+    spans: dict[str, Sequence[Span]] = {}
     for shape in arguments.shapes:
         m, n = (int(size) for size in shape.split("x"))
-        spans[shape] = DECADES if m < 1000 else FEW_DECADES
-        print(f"\n{shape:58}", "".join(f"{span:6.2f}" for span in spans[shape]), "  worst")
+        spans[shape] = DIRECTIONS if arguments.directions else DECADES if m < 1000 else FEW_DECADES
+        titles = (f"{span:6.2f}" if isinstance(span, float) else f"{i:6}" for i, span in enumerate(spans[shape], 1))
+        print(f"\n{shape:58}", "".join(titles), "  worst")
         for row in measure(m, n, arguments.coefficients, spans[shape]):
             rows.append(row)
             if "worst" in row:

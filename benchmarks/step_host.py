@@ -7,15 +7,16 @@ parameters of moe-79m; on a CUDA device also two ways of sending the table of ad
 
 import argparse
 import importlib.util
-import json
 import os
-import statistics
-import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from muonlab.bench.timing import milliseconds
+from muonlab.training.tracking import write_json
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -33,13 +34,8 @@ class Empty(torch.optim.Optimizer):
 
 
 def microseconds(call: Callable[[], object], between: Callable[[], object], repeats: int) -> float:
-    took = []
-    for _ in range(repeats):
-        between()
-        start = time.perf_counter()
-        call()
-        took.append(time.perf_counter() - start)
-    return round(1e6 * statistics.median(took), 1)
+    """Of the host alone."""
+    return round(1e3 * milliseconds(call, torch.device("cpu"), repeats, between)["alone_ms"]["median"], 1)
 
 
 def scan() -> Callable[[], object]:
@@ -58,7 +54,7 @@ def scan() -> Callable[[], object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--output", help="write the numbers as JSON")
+    parser.add_argument("-o", "--output", type=Path, help="write the numbers as JSON")
     output = parser.parse_args().output
     torch.set_num_threads(1)
     others = torch.zeros(24_000_000)  # 96 MB
@@ -102,8 +98,7 @@ def main() -> None:
     for row in rows:
         print(row)
     if output is not None:
-        with open(output, "w") as file:
-            json.dump({"torch": torch.__version__, "rows": rows}, file, indent=1)
+        write_json(output, {"torch": torch.__version__, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def test_the_plain_model_is_the_same_model(model):
 @pytest.mark.parametrize(("name", "classes"), [("adamw", ["AdamW"]), ("muon", ["Muon", "AdamW"])])
 def test_the_plain_optimizers_hold_every_parameter_once_and_do_not_decay_embeddings(name, classes):
     model = Plain(train.CASES["tiny"].model)
-    optimizers = optimizers_of(model, name, 0.1, [])
+    optimizers, _ = optimizers_of(model, name, 0.1)
     assert [type(optimizer).__name__ for optimizer in optimizers] == classes
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     held = [id(param) for group in groups for param in group["params"]]
@@ -177,6 +177,9 @@ def test_torchs_muon_updates_every_expert_of_a_stack_as_a_matrix_of_its_own():
     update(tokens[:, :-1], tokens[:, 1:])  # the rest of the model has moved a little
     for stack, grad in zip(stacks, first):
         assert 0.5 < stack.grad.norm() / grad.norm() < 1.5  # not the sum of both updates' gradients
+
+
+# --- profile ----------------------------------------------------------------------------------------------------------
 
 
 def test_gaps_are_what_lies_between_the_union_of_kernels():

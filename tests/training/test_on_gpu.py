@@ -71,7 +71,7 @@ def test_dropout_and_router_noise_differ_between_updates_and_repeat_between_runs
     assert len({round(loss, 5) for loss in losses[0]}) == 8
 
 
-def test_an_update_that_cannot_be_captured_still_draws_says_why_and_trains(tmp_path):
+def test_an_update_that_cannot_be_captured_still_draws_says_why_and_trains():
     options = {"device": "cuda", "precision": "fp32", "program": "graph", "updates": 24}
     config = resolve(tiny(model=MODELS["random"], training=options))[0]
     program = Program(config)

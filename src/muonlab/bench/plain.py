@@ -35,8 +35,7 @@ class PlainUpdate:
         torch.manual_seed(1)
         self.model = Plain(options).to(device)
         self.model.load_state_dict(Transformer(options).state_dict())
-        self.experts: list[tuple[nn.Parameter, list[nn.Parameter]]] = []
-        self.optimizers = optimizers_of(self.model, contestant["optimizer"], weight_decay, self.experts)
+        self.optimizers, self.experts = optimizers_of(self.model, contestant["optimizer"], weight_decay)
         self.schedulers = [
             torch.optim.lr_scheduler.CosineAnnealingLR(o, UPDATES, eta_min=0.1 * o.param_groups[0]["lr"])
             for o in self.optimizers
@@ -75,11 +74,11 @@ class PlainUpdate:
 
 
 def optimizers_of(
-    model: nn.Module, name: str, weight_decay: float, experts: list[tuple[nn.Parameter, list[nn.Parameter]]]
-) -> list[torch.optim.Optimizer]:
+    model: nn.Module, name: str, weight_decay: float
+) -> tuple[list[torch.optim.Optimizer], list[tuple[nn.Parameter, list[nn.Parameter]]]]:
     """torch's own: AdamW for everything, or Muon for hidden matrices and AdamW for the rest.
 
-    torch's Muon takes matrices only: of a stack it gets views, appended to `experts` with the stack whose gradient is theirs.
+    torch's Muon takes matrices only: of a stack it gets views, returned with the stack whose gradient is theirs.
     """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -98,11 +97,12 @@ def optimizers_of(
         [group for group in groups if group["params"]], lr=LR["adamw"], betas=(0.9, 0.95), eps=1e-8, fused=True
     )
     if name == "adamw":
-        return [rest]
-    for stack in [matrix for matrix in matrices if matrix.ndim > 2]:
-        experts.append((stack, [nn.Parameter(matrix) for matrix in stack.detach()]))
+        return [rest], []
+    stacks = [matrix for matrix in matrices if matrix.ndim > 2]
+    experts = [(stack, [nn.Parameter(matrix) for matrix in stack.detach()]) for stack in stacks]
     matrices = [matrix for matrix in matrices if matrix.ndim == 2] + [one for _, parts in experts for one in parts]
-    return [torch.optim.Muon(matrices, lr=LR["muon"], weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"), rest]
+    muon = torch.optim.Muon(matrices, lr=LR["muon"], weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, rest], experts
 
 
 def autocast(x: Tensor) -> torch.autocast:

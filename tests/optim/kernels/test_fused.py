@@ -89,7 +89,7 @@ def test_error_of_the_update_is_at_most_that_of_the_standard_fp16_iteration_and_
 
 
 @pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("blocks", [(1, 1, 1, 1, 1), (3, 1, 1), (3, 2)])
+@pytest.mark.parametrize("blocks", [(1, 1, 1, 1, 1), (2, 1, 1, 1), (3, 1, 1), (3, 2)])
 @pytest.mark.parametrize("shape", ((300, 712), (1200, 300)) if GPU else ((24, 40), (40, 24)))
 def test_steps_in_blocks_of_any_length_make_the_same_polynomial(
     shape: tuple[int, int], blocks: tuple[int, ...], exact: bool
@@ -482,7 +482,7 @@ def test_whatever_tiles_are_chosen_nothing_is_read_that_was_not_written(
         work = iteration.Workspace.allocate(2, m, torch.float16, not sturdy, torch.device(DEVICE))
         x, y = (torch.zeros(2, m, n, dtype=torch.float16, device=DEVICE) for _ in range(2))
         scale = torch.ones(2, device=DEVICE)
-        for blocks in ((1, 1, 1, 1, 1), (3, 1, 1), (3, 2)):
+        for blocks in ((1, 1, 1, 1, 1), (2, 1, 1, 1), (3, 1, 1), (3, 2)):
             error = iteration.tune([iteration.Section(x, y, n, 0)], work, steps, blocks, scale)
             assert error < 0.02, (blocks, *(config.kwargs for config in chosen))
 
