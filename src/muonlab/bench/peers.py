@@ -164,6 +164,12 @@ PEERS: dict[str, Peer] = {
             make=lambda params: Muon(list(params), lr=0.01, weight_decay=0.1),
         ),
         Peer(
+            name="muonlab-model",  # what Muon(model) takes by default
+            rule="muon",
+            call="muonlab.Muon(params, lr=0.01, weight_decay=0.1, coefficients='polar_express')",
+            make=lambda params: Muon(list(params), lr=0.01, weight_decay=0.1, coefficients="polar_express"),
+        ),
+        Peer(
             name="torch-muon",
             rule="muon",
             call="torch.optim.Muon(params, lr=0.01, weight_decay=0.1)",
