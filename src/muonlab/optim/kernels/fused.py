@@ -28,6 +28,11 @@ _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 _WARPS = 8
 # Captures of a user's own program in which addresses may differ; one pinned table each.
 _CAPTURES = 8
+# Of streams: which programs begin first where those of several launches wait. Products go before passes over memory, whose
+# programs would otherwise all begin before a product that became ready a moment later; launches of small matrices, many and
+# short, go before both.
+_PASS, _PRODUCT, _SMALL = 0, -1, -2
+_Launch = tuple[int, Callable[[], object]]
 # Pinned tables that take turns on their way to the device.
 _TABLES = 8
 # Rounding gives errors of about 0.002 and 0.02 on random matrices, up to ten times as much on small square ones.
@@ -60,7 +65,7 @@ class FusedStep:
         self._live_tables: dict[tuple[int, ...], Tensor] = {}
         # Launches of a lane follow each other; lanes run beside each other. They must not refer to the plan: a cycle would
         # leave its graph to the garbage collector, which may run while another graph is captured and spoil that.
-        self._lanes: list[list[Callable[[], object]]] = [[] for _ in range(tables.LANES)]
+        self._lanes: list[list[_Launch]] = [[] for _ in range(tables.LANES)]
 
         # Addresses, and behind them the hyper-parameters: what may be new at a step goes to the device in one copy.
         # The host fills its side through memory views: a tensor takes Python's numbers several times slower.
@@ -90,8 +95,9 @@ class FusedStep:
             tunings = self._plan_matrices()
             self._plan_entries()
             # All addresses are still 0, so nothing of the user's is touched.
-            compile_together(chain(*self._lanes))
-            for each in chain(tunings, *self._lanes):
+            launches = [each for _, each in chain(*self._lanes)]
+            compile_together(launches)
+            for each in (*tunings, *launches):
                 each()
         except Unsupported:
             raise
@@ -148,24 +154,23 @@ class FusedStep:
         return True
 
     def _launch(self) -> None:
-        lanes = [lane for lane in self._lanes if lane]
         if self._device.type != "cuda":
-            for each in chain(*lanes):
+            for _, each in chain(*self._lanes):
                 each()
             return
         here = torch.cuda.current_stream(self._device)
-        streams = [stream for stream in _beside(self._device) if stream != here][: len(lanes) - 1]
-        # The others begin when the first momentum is done: two passes over memory at once would only halve each other's rate.
-        lanes[0][0]()
-        for stream in streams:
-            stream.wait_stream(here)
-        for each in lanes[0][1:]:
-            each()
-        for lane, stream in zip(lanes[1:], streams):
-            with torch.cuda.stream(stream):
-                for each in lane:
+        begin = first = here.record_event()
+        for number, (lane, streams) in enumerate(zip(self._lanes, _streams(self._device))):
+            # Lanes that fill the device begin when the first momentum is done: two passes at once would only halve each other's rate.
+            done = first if number < tables.HEAVY else begin
+            for priority, each in lane:
+                stream = streams[priority]
+                stream.wait_event(done)
+                with torch.cuda.stream(stream):
                     each()
-            here.wait_stream(stream)
+                done = stream.record_event()
+                first = done if first is begin else first
+            here.wait_event(done)
 
     # What may change from step to step.
 
@@ -253,10 +258,11 @@ class FusedStep:
             **{name: self._zeros(count) for name in ("active", "late", "redo", "scale")},
         }
         tunings: list[Callable[[], object]] = []
-        for launches, parts in zip(self._lanes, lanes):
+        for number, (launches, parts) in enumerate(zip(self._lanes, lanes)):
+            priorities = (_PASS, _PRODUCT, _PASS) if number < tables.HEAVY else (_SMALL,) * 3
             # What the slices of a lane share, because they take turns.
             sizes: dict[torch.dtype, int] = {}
-            counts: dict[tuple[int, torch.dtype, bool], int] = {}
+            counts: dict[tuple[int, torch.dtype], int] = {}
             for part in parts:
                 inside = ordered[part.first : part.last]
                 dtype, key = inside[0].dtype, _workspace(inside[0])
@@ -268,7 +274,7 @@ class FusedStep:
                 head = ordered[part.first]
                 tune, *own = self._plan_slice(part, ordered, starts, shared, banks[head.dtype], works[_workspace(head)])
                 tunings.append(tune)
-                launches += own
+                launches += zip(priorities, own)
         return tunings
 
     def _plan_slice(
@@ -331,34 +337,21 @@ class FusedStep:
         count = len(self._members)
         counts = torch.tensor([member.group["rule"] == "adamw" for member in self._members]).to(self._device)
         launches = self._lanes[-1]
-        launches.append(_bound(elementwise.count_kernel, (count,), (self._pointers, counts, 0)))
+        launches.append((_PASS, _bound(elementwise.count_kernel, (count,), (self._pointers, counts, 0))))
         for (param_type, grad_type, state_type, cautious, align), owners in kinds.items():
             chunks, starts = tables.chunks_of([self._members[i].param.numel() for i in owners], elementwise.CHUNK)
             chunks[:, 0] = torch.tensor(owners, dtype=torch.int32)[chunks[:, 0].long()]
-            launches.append(
-                _bound(
-                    elementwise.adamw_kernel,
-                    (starts[-1],),
-                    (
-                        *(chunks.to(self._device), self._pointers, sizes, self._hyper, 0),
-                        *(
-                            _TYPES[param_type],
-                            _TYPES[grad_type],
-                            _TYPES[state_type],
-                            cautious,
-                            align,
-                            elementwise.CHUNK,
-                        ),
-                    ),
-                )
-            )
+            types = _TYPES[param_type], _TYPES[grad_type], _TYPES[state_type]
+            arguments = (chunks.to(self._device), self._pointers, sizes, self._hyper, 0)
+            flags = (*types, cautious, align, elementwise.CHUNK)
+            launches.append((_PASS, _bound(elementwise.adamw_kernel, (starts[-1],), (*arguments, *flags))))
 
 
 @cache
-def _beside(device: torch.device) -> list[Any]:
-    """Streams for the lanes beside the first, the same for all plans, and with them cuBLAS's workspaces. One more than needed:
-    streams come from a pool, and one of these may be the one that is current."""
-    return [torch.cuda.Stream(device) for _ in range(tables.LANES)]  # type: ignore[no-untyped-call]
+def _streams(device: torch.device) -> list[dict[int, Any]]:
+    """For each lane a stream of each priority, the same for all plans, and with them cuBLAS's workspaces."""
+    priorities = (_PASS, _PRODUCT, _SMALL)
+    return [{p: torch.cuda.Stream(device, priority=p) for p in priorities} for _ in range(tables.LANES)]  # type: ignore[no-untyped-call]
 
 
 def _index(groups: list[dict[str, Any]], group: dict[str, Any]) -> int:
@@ -423,9 +416,9 @@ def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
     return lr, group["weight_decay"], *logs, group["eps"], 1 - beta1, 1 - beta2, 0.0
 
 
-def _workspace(matrix: Matrix) -> tuple[int, torch.dtype, bool]:
+def _workspace(matrix: Matrix) -> tuple[int, torch.dtype]:
     """What slices with one workspace have in common."""
-    return matrix.short, matrix.dtype, not matrix.iteration.sturdy
+    return matrix.short, matrix.dtype
 
 
 def _gain(matrix: Matrix) -> float:

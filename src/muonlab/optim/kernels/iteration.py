@@ -63,8 +63,8 @@ class Symmetric:
 
 @dataclass
 class Workspace:
-    """Symmetric matrices of one slice: R, T = W R, and three that take turns as W and Q; ratios [k, m] of a block's Q and of the
-    one's before."""
+    """Symmetric matrices of one slice: R with what rounding took from it, T = W R, and three that take turns as W and Q; ratios
+    [k, m] of a block's Q and of the one's before."""
 
     gram: Symmetric
     half: Symmetric
@@ -72,16 +72,14 @@ class Workspace:
     ratios: tuple[Tensor, Tensor]
 
     @classmethod
-    def allocate(cls, count: int, m: int, dtype: torch.dtype, exact: bool, device: torch.device) -> "Workspace":
-        """exact: T is added with what rounding took away, too."""
-
+    def allocate(cls, count: int, m: int, dtype: torch.dtype, device: torch.device) -> "Workspace":
         def symmetric(rest: bool) -> Symmetric:
             off = torch.zeros(count, m, tables.pitch_of(m), dtype=dtype, device=device)
             return Symmetric(off, torch.zeros(count, m, device=device), torch.zeros_like(off) if rest else None)
 
         turns = (symmetric(False), symmetric(False), symmetric(False))
         ratios = (torch.ones(count, m, device=device), torch.ones(count, m, device=device))
-        return cls(symmetric(True), symmetric(exact), turns, ratios)
+        return cls(symmetric(True), symmetric(False), turns, ratios)
 
     def forget(self) -> None:
         """Makes all of it NaN."""

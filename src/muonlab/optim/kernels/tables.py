@@ -21,10 +21,12 @@ from muonlab.optim.coefficients import Iteration, resolve
 from muonlab.optim.scaling import scale_factor
 from muonlab.optim.views import View, matrices
 
-DEFAULT_WORKSPACE = 768 << 20
+DEFAULT_WORKSPACE = 720 << 20
 """Bytes of banks unless `max_workspace_bytes` says otherwise: a few waves of tiles on the largest devices."""
-LANES = 3
-"""Of slices that fill the device all but the last lane, which is for what does not fill it."""
+HEAVY = 2
+"""Lanes of slices that fill the device ..."""
+LANES = HEAVY + 2
+"""... and of those that do not."""
 PARTS = 4
 """Slices that a family is cut into even if all of it fits the workspace ..."""
 WAVES = 2
@@ -208,9 +210,7 @@ def lanes_of(ordered: Sequence[Matrix], budget: int, processors: int) -> list[li
 
     While a launch of one lane ends, the other's fills the device.
     """
-    heavy = max(LANES - 1, 1)
-    if heavy * max(map(matrix_bytes, ordered)) > budget:
-        heavy = 1
+    heavy = HEAVY if HEAVY * max(map(matrix_bytes, ordered)) <= budget else 1
     lanes: list[list[Slice]] = [[] for _ in range(LANES)]
     slices: list[Slice] = []
     first = 0
@@ -219,7 +219,7 @@ def lanes_of(ordered: Sequence[Matrix], budget: int, processors: int) -> list[li
         last = first + len(family)
         tiles = sum(map(_tiles, family))
         if heavy > 1 and tiles < processors:
-            lanes[-1] += slices_of(ordered, first, last, budget // heavy)
+            min(lanes[HEAVY:], key=len).extend(slices_of(ordered, first, last, budget // heavy))
         else:
             parts = 1 if heavy == 1 else max(1, min(PARTS, tiles // (WAVES * processors)))
             slices += slices_of(ordered, first, last, budget // heavy, parts)
@@ -257,8 +257,8 @@ def slices_of(ordered: Sequence[Matrix], first: int, last: int, budget: int, par
 
 
 def matrix_bytes(matrix: Matrix) -> int:
-    """Bytes of workspace for one matrix: two banks of its shape, at most seven symmetric ones."""
-    return 2 * (2 * matrix.rows * matrix.pitch + 7 * matrix.short * pitch_of(matrix.short))
+    """Bytes of workspace for one matrix: two banks of its shape, six symmetric ones."""
+    return 2 * (2 * matrix.rows * matrix.pitch + 6 * matrix.short * pitch_of(matrix.short))
 
 
 def layout_of(ordered: Sequence[Matrix], slices: Sequence[Slice]) -> list[list[int]]:
