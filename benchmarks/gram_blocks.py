@@ -1,5 +1,5 @@
 """How exact the polar iteration of the GPU kernels is, with fp16 emulated on a CPU: the evidence for which steps
-`muonlab.optim.kernels.tables.blocks_of` groups into blocks, and for which coefficients are `sturdy`, so that T needs no rest.
+`muonlab.optim.kernels.tables.blocks_of` groups into blocks, and for which coefficients are `sturdy`.
 
     OMP_NUM_THREADS=1 python benchmarks/gram_blocks.py -o benchmarks/results/gram_blocks.json
 
@@ -116,10 +116,8 @@ def plain(x: Tensor, steps: Sequence[Step]) -> Tensor:
 
 def chosen(m: int, n: int, name: str) -> Way:
     """What the kernels do."""
-    iteration = resolve(name)
-    blocks = blocks_of(m, n, iteration)
-    rests = "" if max(blocks) == 1 else "R" if iteration.sturdy else "RT"
-    return Way(blocks, rests, "ratio")
+    blocks = blocks_of(m, n, resolve(name))
+    return Way(blocks, "" if max(blocks) == 1 else "R", "ratio")
 
 
 def ways(m: int, n: int, name: str) -> list[Way]:

@@ -113,8 +113,8 @@ def blocks_of(m: int, n: int, iteration: Iteration, method: str = "auto") -> tup
 
     "standard" is one by one. "gram" and "auto" are three and two steps where the iteration is sturdy, else two, then one by one:
     what few operations allow as long as the error against fp64 stays within 1.2 times that of the standard fp16 iteration on
-    spectra from flat to 1e-7, and for the default sets on those of real directions, few large values and many small
-    (`benchmarks/gram_blocks.py`). Small and nearly square matrices take single steps in any case: a block would be less exact there and save little.
+    spectra from flat to 1e-7 and on those of real directions, few large values and many small (`benchmarks/gram_blocks.py`).
+    Small and nearly square matrices take single steps in any case: a block would be less exact there and save little.
     """
     steps = len(iteration.steps)
     if steps < 3 or method == "standard" or m < 256 or n < 2 * m:
