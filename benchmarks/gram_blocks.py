@@ -26,14 +26,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from muonlab.optim.coefficients import COEFFICIENTS, Step, resolve
+from muonlab.optim.coefficients import COEFFICIENTS, Iteration, Step, resolve
 from muonlab.optim.kernels.tables import blocks_of
 
 SHAPES = (
     *("64x256", "128x512", "256x512", "384x768", "384x1536", "512x1024", "640x1280", "768x1536"),
     *("896x896", "896x1792", "896x4864", "1024x2048"),
 )
-NAMES = (*(name for name, entry in COEFFICIENTS.items() if entry.default_steps == 5), "deepseek")
+NAMES = (
+    *(name for name, entry in COEFFICIENTS.items() if entry.default_steps == 5),
+    "deepseek",
+    "keller/3",
+    "keller/4",
+)
+"""Of coefficients, and after a stroke how many steps if not the default number."""
 DETAILED = "polar_express"
 """The default set, which is iterated in every way; the others as the kernels would, with T's rest and without."""
 DECADES = (0.0, -0.15, -0.3, -0.4, -0.5, -0.6, -0.75, -1.0, -1.25, -1.5, -2.0, -3.0, -5.0, -7.0)
@@ -114,9 +120,14 @@ def plain(x: Tensor, steps: Sequence[Step]) -> Tensor:
     return x
 
 
+def iteration_of(name: str) -> Iteration:
+    coefficients, _, steps = name.partition("/")
+    return resolve(coefficients, int(steps) if steps else None)
+
+
 def chosen(m: int, n: int, name: str) -> Way:
     """What the kernels do."""
-    blocks = blocks_of(m, n, resolve(name))
+    blocks = blocks_of(m, n, iteration_of(name))
     return Way(blocks, "" if max(blocks) == 1 else "R", "ratio")
 
 
@@ -160,7 +171,7 @@ def measure(m: int, n: int, names: Sequence[str], spans: Sequence[Span]) -> list
     for u, v, s in spectra(m, n, spans):
         x = fp16(((u * s) @ v.mT).float())
         for name in names:
-            steps = resolve(name).steps
+            steps = iteration_of(name).steps
             mapped = s
             for a, b, c in steps:
                 mapped = a * mapped + b * mapped**3 + c * mapped**5
@@ -183,7 +194,7 @@ def measure(m: int, n: int, names: Sequence[str], spans: Sequence[Span]) -> list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="m x n, m <= n")
-    parser.add_argument("--coefficients", nargs="+", default=NAMES, choices=COEFFICIENTS)
+    parser.add_argument("--coefficients", nargs="+", default=NAMES, help="names, name/steps")
     parser.add_argument("--directions", action="store_true", help="spectra of real directions, not log-spaced ones")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()

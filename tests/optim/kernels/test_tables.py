@@ -112,21 +112,29 @@ def test_lanes_begin_with_their_largest_slices_and_share_the_work() -> None:
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "coefficients", "blocks"),
+    ("m", "n", "coefficients", "steps", "blocks"),
     [
-        (128, 4096, "keller", (1, 1, 1, 1, 1)),  # small: a block saves little
-        (896, 896, "keller", (1, 1, 1, 1, 1)),  # square: a block saves nothing
-        (384, 1536, "keller", (3, 2)),
-        (896, 4864, "polar_express", (2, 1, 1, 1)),  # not sturdy
-        (896, 4864, [(1.5, -0.5, 0.0)] * 5, (2, 1, 1, 1)),  # not known to be
+        (128, 4096, "keller", None, (1, 1, 1, 1, 1)),  # small: a block saves little
+        (896, 896, "keller", None, (1, 1, 1, 1, 1)),  # square: a block saves nothing
+        (384, 1536, "keller", None, (3, 2)),
+        (
+            384,
+            1536,
+            "keller",
+            4,
+            (2, 1, 1),
+        ),  # too few to make up for what a block of three takes from small singular values
+        (384, 1536, "keller", 7, (3, 1, 1, 1, 1)),
+        (896, 4864, "polar_express", None, (2, 1, 1, 1)),  # not sturdy
+        (896, 4864, [(1.5, -0.5, 0.0)] * 5, None, (2, 1, 1, 1)),  # not known to be
     ],
 )
 def test_steps_are_taken_in_blocks_where_that_is_cheaper_and_exact_enough(
-    m: int, n: int, coefficients: str | list[tuple[float, float, float]], blocks: tuple[int, ...]
+    m: int, n: int, coefficients: str | list[tuple[float, float, float]], steps: int | None, blocks: tuple[int, ...]
 ) -> None:
-    iteration = resolve(coefficients)
+    iteration = resolve(coefficients, steps)
     assert tables.blocks_of(m, n, iteration) == blocks
-    assert tables.blocks_of(m, n, iteration, "standard") == (1, 1, 1, 1, 1)
+    assert tables.blocks_of(m, n, iteration, "standard") == (1,) * sum(blocks)
     assert tables.blocks_of(m, n, iteration, "gram") == blocks  # on request, but not where it is not exact enough
 
 

@@ -111,15 +111,16 @@ def pitch_of(cols: int) -> int:
 def blocks_of(m: int, n: int, iteration: Iteration, method: str = "auto") -> tuple[int, ...]:
     """How many steps of the polar iteration each block takes, for matrices with smaller side `m` and larger side `n`.
 
-    "standard" is one by one. "gram" and "auto" are three and two steps where the iteration is sturdy, else two, then one by one:
-    what few operations allow as long as the error against fp64 stays within 1.2 times that of the standard fp16 iteration on
-    spectra from flat to 1e-7 and on those of real directions, few large values and many small (`benchmarks/gram_blocks.py`).
+    "standard" is one by one. "gram" and "auto" are three and two steps where the iteration is sturdy and has five, else two, then
+    one by one: what few operations allow as long as the error against fp64 stays within 1.2 times that of the standard fp16
+    iteration on spectra from flat to 1e-7 and on those of real directions, few large values and many small
+    (`benchmarks/gram_blocks.py`; what a block of three takes from small values, two steps after it make up for, not fewer).
     Small and nearly square matrices take single steps in any case: a block would be less exact there and save little.
     """
     steps = len(iteration.steps)
     if steps < 3 or method == "standard" or m < 256 or n < 2 * m:
         return (1,) * steps
-    if not iteration.sturdy:
+    if not iteration.sturdy or steps < 5:
         return (2, *[1] * (steps - 2))
     return (3, 2) if steps == 5 else (3, *[1] * (steps - 3))
 
