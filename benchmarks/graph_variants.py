@@ -1,4 +1,4 @@
-"""The step's CUDA graph alone, as it is and with other priorities, lanes, slices and chunks: what was chosen, and what did not pay.
+"""The step's CUDA graph alone, as it is and with other priorities, lanes, slices and chunks than those that were chosen.
 
     python benchmarks/graph_variants.py --set moe-79m --coefficients polar_express -o variants.json
 
@@ -24,7 +24,7 @@ from muonlab.optim.coefficients import COEFFICIENTS
 from muonlab.optim.kernels import elementwise, fused, tables
 from muonlab.training.tracking import versions, write_json
 
-OF = {
+CONSTANTS = {
     fused: ("_PASS", "_PRODUCT", "_SMALL", "_WARPS"),
     tables: ("HEAVY", "LANES", "PARTS", "WAVES", "DEFAULT_WORKSPACE"),
     elementwise: ("CHUNK",),
@@ -44,8 +44,8 @@ VARIANTS: dict[str, dict[str, int]] = {
     "twice the workspace": {"DEFAULT_WORKSPACE": tables.DEFAULT_WORKSPACE * 2},
     "chunks of 1024 entries": {"CHUNK": 1024},
     "chunks of 4096 entries": {"CHUNK": 4096},
-    "4 warps a chunk": {"_WARPS": 4},
-    "16 warps a chunk": {"_WARPS": 16},
+    "4 warps a program of the passes": {"_WARPS": 4},
+    "16 warps a program of the passes": {"_WARPS": 16},
     "as it is, again": {},
 }
 
@@ -53,7 +53,7 @@ VARIANTS: dict[str, dict[str, int]] = {
 @contextmanager
 def changed(constants: dict[str, int]) -> Iterator[None]:
     """The kernels' modules with other constants."""
-    places = {name: module for module, names in OF.items() for name in names}
+    places = {name: module for module, names in CONSTANTS.items() for name in names}
     before = {name: getattr(places[name], name) for name in constants}
     fused._streams.cache_clear()
     try:
@@ -67,7 +67,7 @@ def changed(constants: dict[str, int]) -> Iterator[None]:
 
 
 def measure(params: list[nn.Parameter], coefficients: str, repeats: int) -> dict[str, Any]:
-    """Slices of each lane, milliseconds of the graph."""
+    """Launches of each lane, an iteration counted as one; milliseconds of the graph."""
     gc.collect()  # the plan before
     optimizer = Muon(params, lr=1e-6, coefficients=coefficients)
     plan = fused.FusedStep(optimizer.param_groups, optimizer.state, optimizer._state)

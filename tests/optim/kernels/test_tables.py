@@ -97,10 +97,12 @@ def lanes_for(*shapes: tuple[tuple[int, int], int]) -> list[list[tuple[tuple[int
 
 
 def test_lanes_are_cut_between_shapes_and_families_of_few_tiles_have_lanes_of_their_own() -> None:
-    lanes = lanes_for(((1536, 384), 48), ((384, 1536), 48), ((1152, 384), 6), ((384, 384), 6), ((8, 384), 6))
+    lanes = lanes_for(
+        ((1536, 384), 48), ((384, 1536), 48), ((1152, 384), 6), ((384, 384), 6), ((64, 384), 6), ((8, 384), 6)
+    )
     assert lanes[0] == [((384, 1536), 48), ((1152, 384), 6)]
     assert lanes[1] == [((1536, 384), 48)]
-    assert lanes[2:] == [[((384, 384), 6)], [((8, 384), 6)]]
+    assert lanes[2:] == [[((384, 384), 6), ((8, 384), 6)], [((64, 384), 6)]]  # by turns
 
 
 def test_lanes_begin_with_their_largest_slices_and_share_the_work() -> None:

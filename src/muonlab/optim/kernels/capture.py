@@ -10,13 +10,13 @@ import torch
 
 
 @contextmanager
-def capture(graph: "torch.cuda.CUDAGraph", stream: "torch.cuda.Stream | None" = None) -> Iterator[None]:
-    """Records what is launched inside on `stream`, by default one that all captures on the current device share, into `graph`.
+def capture(graph: "torch.cuda.CUDAGraph") -> Iterator[None]:
+    """Records what is launched inside, on a stream that all captures on the current device share, into `graph`.
 
     Raises what was raised inside, or what ended the capture; the current stream and the device's generator are as before.
     """
     here = torch.cuda.current_stream()
-    stream = stream or _stream(torch.cuda.current_device())
+    stream = _stream(torch.cuda.current_device())
     collects = gc.isenabled()
     gc.disable()  # a collection that destroys another graph spoils a capture under way
     cause: BaseException | None = None

@@ -28,11 +28,11 @@ _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 _WARPS = 8
 # Captures of a user's own program in which addresses may differ; one pinned table each.
 _CAPTURES = 8
-# Of streams: which programs begin first where those of several launches wait. Products go before passes over memory, whose
+# Priorities of streams, the lowest first where programs of several launches wait. Products go before passes over memory, whose
 # programs would otherwise all begin before a product that became ready a moment later; launches of small matrices, many and
 # short, go before both.
 _PASS, _PRODUCT, _SMALL = 0, -1, -2
-_Launch = tuple[int, Callable[[], object]]
+_Work = tuple[int, Callable[[], object]]  # priority, what launches
 # Pinned tables that take turns on their way to the device.
 _TABLES = 8
 # Rounding gives errors of about 0.002 and 0.02 on random matrices, up to ten times as much on small square ones.
@@ -65,7 +65,7 @@ class FusedStep:
         self._live_tables: dict[tuple[int, ...], Tensor] = {}
         # Launches of a lane follow each other; lanes run beside each other. They must not refer to the plan: a cycle would
         # leave its graph to the garbage collector, which may run while another graph is captured and spoil that.
-        self._lanes: list[list[_Launch]] = [[] for _ in range(tables.LANES)]
+        self._lanes: list[list[_Work]] = [[] for _ in range(tables.LANES)]
 
         # Addresses, and behind them the hyper-parameters: what may be new at a step goes to the device in one copy.
         # The host fills its side through memory views: a tensor takes Python's numbers several times slower.
@@ -83,14 +83,11 @@ class FusedStep:
         self._spare = [torch.empty(shape, dtype=torch.int64, pin_memory=cuda) for _ in range(_CAPTURES)]
         self._captured: list[tuple[list[int], Tensor]] = []
         self._tables: Iterator[tuple[Tensor, Any]] = iter(())
-        self._stream: Any = None
         self._processors = 1
         if cuda:
             self._processors = torch.cuda.get_device_properties(self._device).multi_processor_count
             events = [torch.cuda.Event() for _ in range(_TABLES)]  # type: ignore[no-untyped-call]
             self._tables = cycle([(torch.empty_like(self._host, pin_memory=True), event) for event in events])
-            # Its own: cuBLAS keeps a workspace for each stream, in the memory of the graph that was captured there first.
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         try:
             tunings = self._plan_matrices()
             self._plan_entries()
@@ -147,7 +144,7 @@ class FusedStep:
             return True
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            with capture(graph, self._stream):
+            with torch.cuda.device(self._device), capture(graph):
                 self._launch()
             self._graph = graph
         self._graph.replay()
@@ -160,8 +157,9 @@ class FusedStep:
             return
         here = torch.cuda.current_stream(self._device)
         begin = first = here.record_event()
+        ends = []
         for number, (lane, streams) in enumerate(zip(self._lanes, _streams(self._device))):
-            # Lanes that fill the device begin when the first momentum is done: two passes at once would only halve each other's rate.
+            # Heavy lanes begin when the first momentum is done: two passes at once would only halve each other's rate.
             done = first if number < tables.HEAVY else begin
             for priority, each in lane:
                 stream = streams[priority]
@@ -170,6 +168,8 @@ class FusedStep:
                     each()
                 done = stream.record_event()
                 first = done if first is begin else first
+            ends.append(done)
+        for done in ends:  # not before: one of the lanes' streams may be this one
             here.wait_event(done)
 
     # What may change from step to step.
@@ -349,9 +349,13 @@ class FusedStep:
 
 @cache
 def _streams(device: torch.device) -> list[dict[int, Any]]:
-    """For each lane a stream of each priority, the same for all plans, and with them cuBLAS's workspaces."""
-    priorities = (_PASS, _PRODUCT, _SMALL)
-    return [{p: torch.cuda.Stream(device, priority=p) for p in priorities} for _ in range(tables.LANES)]  # type: ignore[no-untyped-call]
+    """For each lane a stream of each priority, the same for all plans, and with them cuBLAS's workspaces: steps of two optimizers
+    must not run beside each other."""
+
+    def stream(priority: int) -> Any:
+        return torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
+
+    return [{p: stream(p) for p in (_PASS, _PRODUCT, _SMALL)} for _ in range(tables.LANES)]
 
 
 def _index(groups: list[dict[str, Any]], group: dict[str, Any]) -> int:

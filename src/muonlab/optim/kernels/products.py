@@ -10,7 +10,8 @@ the tiles of the lower triangle are computed; the upper ones are their mirror im
 
 A symmetric matrix Q that multiplies X next is kept *whole*, with its diagonal, so that any library can multiply by it. What
 rounding took from the diagonal would be a large part of the error: `ratios` [k, m], exact over rounded diagonal, belong to the
-rows of Y = Q X. They are multiplied into what is made of Y: into R, and into the columns of the next Q. Those of the last Q are left out.
+rows of Y = Q X. They are multiplied into what is made of Y: into R, and into the columns of the next Q. Those of the last Q are
+left out.
 
 Descriptors are `[k, rows, cols]` stacks read in tiles; what lies outside a matrix reads as zero.
 """

@@ -111,9 +111,9 @@ def pitch_of(cols: int) -> int:
 def blocks_of(m: int, n: int, iteration: Iteration, method: str = "auto") -> tuple[int, ...]:
     """How many steps of the polar iteration each block takes, for matrices with smaller side `m` and larger side `n`.
 
-    "standard" is one by one. "gram" and "auto" are three and two steps where the iteration is sturdy and has five, else two, then
-    one by one: what few operations allow as long as the error against fp64 stays within 1.2 times that of the standard fp16
-    iteration on spectra from flat to 1e-7 and on those of real directions, few large values and many small
+    "standard" is one by one. "gram" and "auto" are three and two steps where the iteration is sturdy and has at least five, else
+    two, then one by one: what few operations allow as long as the error against fp64 stays within 1.2 times that of the standard
+    fp16 iteration on spectra from flat to 1e-7 and on those of real directions, few large values and many small
     (`benchmarks/gram_blocks.py`; what a block of three takes from small values, two steps after it make up for, not fewer).
     Small and nearly square matrices take single steps in any case: a block would be less exact there and save little.
     """
@@ -207,7 +207,7 @@ def in_order(found: Sequence[Matrix]) -> list[Matrix]:
 
 
 def lanes_of(ordered: Sequence[Matrix], budget: int, processors: int) -> list[list[Slice]]:
-    """Slices for each of `LANES` lanes; banks of all lanes stay near `budget` bytes.
+    """Slices for each of `LANES` lanes; banks of the heavy ones stay near `budget` bytes, small ones come on top.
 
     While a launch of one lane ends, the other's fills the device.
     """
@@ -239,7 +239,7 @@ def lanes_of(ordered: Sequence[Matrix], budget: int, processors: int) -> list[li
 
 
 def slices_of(ordered: Sequence[Matrix], first: int, last: int, budget: int, parts: int = 1) -> list[Slice]:
-    """A family, `ordered[first:last]`, in at least `parts` slices about equally large of about `budget` bytes at most, or one matrix.
+    """A family, `ordered[first:last]`, in at least `parts` slices, about equally large, of about `budget` bytes or one matrix.
 
     A cut between two shapes may miss its place by an eighth of a slice: a few matrices of a shape cost launches of their own.
     """
