@@ -9,6 +9,8 @@ from typing import Any
 Spec = dict[str, Any]
 Measure = Callable[[Spec], dict[str, Any]]
 """A function of a module (a new process imports it): what to measure -> numbers and names."""
+ROW_S = 240.0
+"""Seconds for one row unless said otherwise, compilation included; one that takes longer has failed."""
 START_S = 120.0
 """What a process may take to begin, which no row's limit counts."""
 
@@ -18,7 +20,7 @@ def rows(
     specs: Sequence[Spec],
     *,
     isolate: bool,
-    limit_s: float = 240.0,
+    limit_s: float = ROW_S,
     deadline: float = float("inf"),
 ) -> Iterator[dict[str, Any]]:
     """`{**spec, **measure(spec)}` for each specification, in order; `{**spec, "failed": one line}` where that went wrong.
