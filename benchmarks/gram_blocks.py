@@ -41,7 +41,7 @@ NAMES = (
 )
 """Of coefficients, and after a stroke how many steps if not the default number."""
 DETAILED = "polar_express"
-"""The default set, which is iterated in every way; the others as the kernels would, with T's rest and without."""
+"""The default set, which is iterated in every way; the others as the kernels do and in blocks of three, with T's rest and without."""
 DECADES = (0.0, -0.15, -0.3, -0.4, -0.5, -0.6, -0.75, -1.0, -1.25, -1.5, -2.0, -3.0, -5.0, -7.0)
 FEW_DECADES = (0.0, -0.3, -0.5, -0.75, -1.0, -1.5, -3.0, -7.0)
 """For m of 1000 and more."""

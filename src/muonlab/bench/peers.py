@@ -13,6 +13,7 @@ from muonlab import Muon
 from muonlab.errors import unknown
 from muonlab.optim import kernels
 from muonlab.optim.coefficients import resolve
+from muonlab.optim.options import MuonOptions
 
 Params = Sequence[nn.Parameter]
 Make = Callable[[Params], Any]
@@ -164,10 +165,10 @@ PEERS: dict[str, Peer] = {
             make=lambda params: Muon(list(params), lr=0.01, weight_decay=0.1),
         ),
         Peer(
-            name="muonlab-model",  # what Muon(model) takes by default
+            name="muonlab-model",  # with the coefficients that Muon(model) takes
             rule="muon",
-            call="muonlab.Muon(params, lr=0.01, weight_decay=0.1, coefficients='polar_express')",
-            make=lambda params: Muon(list(params), lr=0.01, weight_decay=0.1, coefficients="polar_express"),
+            call=f"muonlab.Muon(params, lr=0.01, weight_decay=0.1, coefficients={MuonOptions.coefficients!r})",
+            make=lambda params: Muon(list(params), lr=0.01, weight_decay=0.1, coefficients=MuonOptions.coefficients),
         ),
         Peer(
             name="torch-muon",

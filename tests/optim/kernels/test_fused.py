@@ -101,7 +101,7 @@ def test_steps_in_blocks_of_any_length_make_the_same_polynomial(
     x[:, :, :cols] = torch.stack(matrices)
     scale = 1 / torch.linalg.vector_norm(x.float(), dim=(1, 2))
     section = iteration.Section(x, torch.zeros_like(x), cols, 0)
-    work = iteration.Workspace.allocate(count, m, x.dtype, torch.device(DEVICE))
+    work = iteration.Workspace.allocate(count, m, x.dtype, DEVICE)
     (result,) = iteration.iterate([section], work, resolve("polar_express").steps, blocks, scale)
     for made, matrix in zip(result.x[:, :, :cols].double() * scale[:, None, None], matrices):
         assert relative(made, polynomial(matrix, torch.float64)) < (0.03 if m >= 128 else 0.06)
@@ -475,7 +475,7 @@ def test_whatever_tiles_are_chosen_nothing_is_read_that_was_not_written(monkeypa
     for chosen in itertools.product(*choices):
         for kernel, config in zip(kernels_, chosen):
             monkeypatch.setattr(kernel, "configs", [config])
-        work = iteration.Workspace.allocate(2, m, torch.float16, torch.device(DEVICE))
+        work = iteration.Workspace.allocate(2, m, torch.float16, DEVICE)
         x, y = (torch.zeros(2, m, n, dtype=torch.float16, device=DEVICE) for _ in range(2))
         scale = torch.ones(2, device=DEVICE)
         for blocks in ((1, 1, 1, 1, 1), (2, 1, 1, 1), (3, 1, 1), (3, 2)):
@@ -524,7 +524,7 @@ def test_tiles_that_read_what_was_not_written_do_not_pass_although_tuning_tried_
 
     choose(products.gram_kernel, products._tile_gram, small)
     choose(products.symmetric_kernel, products._tile_symmetric, {"small": small, "large": large}[readers])
-    work = iteration.Workspace.allocate(1, m, torch.float16, torch.device(DEVICE))
+    work = iteration.Workspace.allocate(1, m, torch.float16, DEVICE)
     x, y = (torch.zeros(1, m, n, dtype=torch.float16, device=DEVICE) for _ in range(2))
     sections, steps = [iteration.Section(x, y, n, 0)], resolve("polar_express").steps
     error = iteration.tune(sections, work, steps, (3, 1, 1), torch.ones(1, device=DEVICE))

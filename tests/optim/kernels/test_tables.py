@@ -119,13 +119,7 @@ def test_lanes_begin_with_their_largest_slices_and_share_the_work() -> None:
         (128, 4096, "keller", None, (1, 1, 1, 1, 1)),  # small: a block saves little
         (896, 896, "keller", None, (1, 1, 1, 1, 1)),  # square: a block saves nothing
         (384, 1536, "keller", None, (3, 2)),
-        (
-            384,
-            1536,
-            "keller",
-            4,
-            (2, 1, 1),
-        ),  # too few to make up for what a block of three takes from small singular values
+        (384, 1536, "keller", 4, (2, 1, 1)),  # too few to make up for a block of three
         (384, 1536, "keller", 7, (3, 1, 1, 1, 1)),
         (896, 4864, "polar_express", None, (2, 1, 1, 1)),  # not sturdy
         (896, 4864, [(1.5, -0.5, 0.0)] * 5, None, (2, 1, 1, 1)),  # not known to be
