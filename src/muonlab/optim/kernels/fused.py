@@ -8,9 +8,9 @@ and the same graph is replayed. A parameter without a gradient has address 0 and
 import math
 import operator
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
-from itertools import chain, cycle
+from itertools import chain
 from typing import Any
 
 import torch
@@ -33,8 +33,6 @@ _CAPTURES = 8
 # short, go before both.
 _PASS, _PRODUCT, _SMALL = 0, -1, -2
 _Work = tuple[int, Callable[[], object]]  # priority, what launches
-# Pinned tables that take turns on their way to the device.
-_TABLES = 8
 # Rounding gives errors of about 0.002 and 0.02 on random matrices, up to ten times as much on small square ones.
 _TOLERANCE = {torch.float16: 0.1, torch.bfloat16: 0.5}
 
@@ -82,12 +80,9 @@ class FusedStep:
         cuda = self._device.type == "cuda"
         self._spare = [torch.empty(shape, dtype=torch.int64, pin_memory=cuda) for _ in range(_CAPTURES)]
         self._captured: list[tuple[list[int], Tensor]] = []
-        self._tables: Iterator[tuple[Tensor, Any]] = iter(())
         self._processors = 1
         if cuda:
             self._processors = torch.cuda.get_device_properties(self._device).multi_processor_count
-            events = [torch.cuda.Event() for _ in range(_TABLES)]  # type: ignore[no-untyped-call]
-            self._tables = cycle([(torch.empty_like(self._host, pin_memory=True), event) for event in events])
         try:
             tunings = self._plan_matrices()
             self._plan_entries()
@@ -181,10 +176,8 @@ class FusedStep:
         self._host_gradients[:] = array("q", gradients)
         self._host_hyper[:] = array("f", values)
         if self._device.type == "cuda":
-            table, sent = next(self._tables)
-            sent.synchronize()  # no wait, unless the host is that many steps ahead
-            self._moving.copy_(table.copy_(self._host), non_blocking=True)
-            sent.record(torch.cuda.current_stream(self._device))
+            # Pinned anew: torch keeps what a copy still reads apart, however far the host is ahead.
+            self._moving.copy_(self._host.pin_memory(), non_blocking=True)
         else:
             self._moving.copy_(self._host)
         self._gradients_now, self._hyper_now = gradients, values
