@@ -79,7 +79,6 @@ MODELS: dict[str, ModelOptions] = {
         n_heads=6,
         d_ff=3072,
         activation="relu2",
-        fused_qkv=True,
         qk_norm=True,
         tied_head=False,
     ),
