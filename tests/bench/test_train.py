@@ -69,6 +69,21 @@ def test_after_a_fallback_the_row_says_eager_and_why(monkeypatch):
     programs.forget()
 
 
+def test_the_plain_model_takes_smaller_micro_batches_where_memory_does_not_hold_its_logits(monkeypatch):
+    class Large(train.PlainUpdate):
+        def __call__(self, inputs, targets):
+            if len(inputs) // self.accumulation > 1:
+                raise torch.OutOfMemoryError("no memory for two sequences")
+            return super().__call__(inputs, targets)
+
+    monkeypatch.setattr(train, "PlainUpdate", Large)
+    result = measured([ours(), {**ours(), "side": "plain"}])
+    rows = {row["side"]: row for row in train.with_utilisation(result, RATES, None)}
+    assert (rows["muonlab"]["micro_batch_size"], rows["muonlab"]["accumulation"]) == (2, 1)
+    assert (rows["plain"]["micro_batch_size"], rows["plain"]["accumulation"]) == (1, 2)
+    assert rows["plain"]["seconds_per_update"]["median"] > 0
+
+
 def test_a_second_run_is_timed_in_the_program_of_the_first(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     (row,) = train.with_utilisation(measured([ours("compile", "muon")]), RATES, None)

@@ -1,5 +1,6 @@
 """Whole training updates: tokens per second, utilisation counted from active FLOPs, forward, backward and optimizer apart."""
 
+import gc
 import math
 import statistics
 import time
@@ -42,7 +43,7 @@ CASES: dict[str, Case] = {
     "dense-128-4k": Case(replace(MODELS["dense-128"], vocab_size=4096), (4, 1), (32, 1)),
     "moe-79m": Case(MODELS["moe-79m"], (2, 1), (24, 4)),
     "moe-107m": Case(MODELS["moe-107m"], (2, 1), (24, 4)),
-    "gpt-124m": Case(MODELS["gpt-124m"], (1, 1), (32, 2)),
+    "gpt-124m": Case(MODELS["gpt-124m"], (1, 1), (64, 1)),
     "qwen-385m": Case(MODELS["qwen-385m"], (1, 1), (8, 1)),
 }
 
@@ -120,8 +121,6 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
             runner.turn(spec["updates"])
     count = micro * accumulation * options.seq_len
     return {
-        "micro_batch_size": micro,
-        "accumulation": accumulation,
         "seq_len": options.seq_len,
         "vocab_size": options.vocab_size,
         "tokens_per_update": count,
@@ -204,12 +203,28 @@ class Runner:
                 self.until_ready()
                 self.second = time.perf_counter() - start
         else:
-            self.plain = PlainUpdate(self.options, self.contestant, self.device, self.accumulation, WEIGHT_DECAY, CLIP)
-            self.updates(1)
+            while not self.starts_plain():
+                gc.collect()
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(self.device)
             self.first = time.perf_counter() - start
         self.updates(2)
         if self.device.type == "cuda":
             self.peak = self.program.peak_memory() if ours else torch.cuda.max_memory_allocated(self.device) - held
+
+    def starts_plain(self) -> bool:
+        """Makes a first update; False, with micro-batches of half the size from now on, where the device has too little memory
+        (plain PyTorch holds all logits at once)."""
+        self.plain = PlainUpdate(self.options, self.contestant, self.device, self.accumulation, WEIGHT_DECAY, CLIP)
+        try:
+            self.updates(1)
+        except torch.OutOfMemoryError:
+            if self.micro % 2:
+                raise
+            del self.plain
+            self.micro, self.accumulation = self.micro // 2, 2 * self.accumulation
+            return False
+        return True
 
     def until_ready(self) -> None:
         update = self.program.update
@@ -277,6 +292,8 @@ class Runner:
             split, split_failed = None, (str(error).strip() or "no message").splitlines()[0][:160]
         return {
             **self.contestant,
+            "micro_batch_size": self.micro,
+            "accumulation": self.accumulation,
             "asked": self.contestant["program"],
             "program": program,
             "notice": notice,
