@@ -205,8 +205,9 @@ class Runner:
         else:
             while not self.starts_plain():
                 gc.collect()
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats(self.device)
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats(self.device)
             self.first = time.perf_counter() - start
         self.updates(2)
         if self.device.type == "cuda":
