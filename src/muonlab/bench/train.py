@@ -208,16 +208,18 @@ class Runner:
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats(self.device)
-            self.first = time.perf_counter() - start
         self.updates(2)
         if self.device.type == "cuda":
             self.peak = self.program.peak_memory() if ours else torch.cuda.max_memory_allocated(self.device) - held
 
     def starts_plain(self) -> bool:
-        """Makes a first update; False, with micro-batches of half the size from now on, where the device has too little memory
-        (plain PyTorch holds all logits at once)."""
+        """Makes two updates, the second beside the optimizer's state; False, with micro-batches of half the size from now on, where
+        the device has too little memory (plain PyTorch holds all logits at once)."""
+        start = time.perf_counter()
         self.plain = PlainUpdate(self.options, self.contestant, self.device, self.accumulation, WEIGHT_DECAY, CLIP)
         try:
+            self.updates(1)
+            self.first = time.perf_counter() - start
             self.updates(1)
         except torch.OutOfMemoryError:
             if self.micro % 2:
