@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from muonlab.cli import main
 
@@ -82,6 +83,11 @@ def test_a_comparison_ends_with_a_verdict_and_its_files(capsys):
         (["train", "--optimizer.momentun", "0.9"], "did you mean '--optimizer.momentum'"),
         (["train", "--lr", "-1"], "lr"),
         (["train", "--lr", "fast"], "fast"),
+        (["train", "--updates", "many"], "--training.updates: invalid literal for int() with base 10: 'many'"),
+        (["train", "--program", "grpah"], "invalid choice 'grpah' for argument '--training.program'. Expected one of ('auto',"),
+        (["train", "--seed", "-1"], "seed Input should be greater than or equal to 0"),
+        (["bench", "step", "--models", "micro"], "bench step has no --models; it has --sets, --peers, --repeats"),
+        (["bench", "all", "--sets", "tiny"], "bench all has no --sets"),
         (["train", "--model.n-experts", "4", "--model.top-k", "5"], "top_k"),
         (["train", "--model.d-model", "100", "--model.n-heads", "3"], "n_heads"),
         (["train", "--corpus", "missing.txt"], "missing.txt"),
@@ -115,6 +121,19 @@ def test_bad_input_gets_one_line_and_exit_code_2_and_leaves_nothing_behind(argum
     assert message in err
     assert err.count("\n") == 1
     assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_run_that_fell_back_says_so(capsys, monkeypatch):
+    def broken(*_, **__):
+        def call(*_, **__):
+            raise RuntimeError("no compiler here")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    code, out, _ = call("train", "--updates", "2", "--program", "compile", *TINY, capsys=capsys)
+    assert code == 0
+    assert out.splitlines().count("torch.compile failed (no compiler here); operations run one by one") == 1
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import contextlib
 import io
 from collections.abc import Sequence
+from itertools import dropwhile, takewhile
 from typing import Any
 
 import tyro
@@ -62,14 +63,13 @@ def read_overrides(config: RunConfig[Any], words: Sequence[str]) -> dict[str, An
         with contextlib.redirect_stdout(complaint), contextlib.redirect_stderr(complaint):
             changed = tyro.cli(type(config), default=config, args=arguments, prog="muonlab")
     except SystemExit:
-        lines = [line.strip("│╭╰─╮╯ ").strip() for line in complaint.getvalue().splitlines()]
-        told = next((line for line in lines if line and "error" not in line.lower()[:13]), None)
-        told = next((line for line in lines if line.startswith("Error parsing")), told or "cannot read the flags")
-        if "validation error" in told:  # pydantic's, whose next lines name the field and the reason
+        # a title, what is wrong in a line or more, rules or empty lines around it
+        lines = [line.strip("│╭╰─╮╯- ") for line in complaint.getvalue().splitlines()]
+        wrong = dropwhile(lambda line: not line, lines[1:])
+        told = " ".join(takewhile(bool, wrong)) or "cannot read the flags"
+        if "validation error" in told:  # pydantic's, which names the field and the reason behind it
             told = (
-                " ".join(lines[lines.index(told) + 1 :])
-                .partition(" [type=")[0]
-                .removeprefix(f"{type(config).__name__} ")
+                told.partition("validation error")[2].partition(f"{type(config).__name__} ")[2].partition(" [type=")[0]
             )
         raise InputError(told.removeprefix("Error parsing ")) from None
     return difference(config.to_dict(), changed.to_dict())

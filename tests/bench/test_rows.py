@@ -28,6 +28,12 @@ def test_in_this_process_an_error_is_one_line_and_the_next_row_is_measured():
     assert second["twice"] == 6
 
 
+def test_a_row_for_a_device_that_is_not_there_fails_rather_than_run_on_another():
+    (row,) = rows(measured, [{"what": "work", "n": 3, "device": "cuda:63"}], isolate=False)
+    assert "failed" in row
+    assert "twice" not in row
+
+
 def test_isolated_rows_survive_errors_deaths_and_hangs_of_others():
     kinds = ["work", "work", "die", "work", "hang", "raise", "work"]
     found = list(rows(measured, [{"what": k, "n": i} for i, k in enumerate(kinds)], isolate=True, limit_s=2))

@@ -82,6 +82,9 @@ def test_the_plain_model_takes_smaller_micro_batches_where_memory_does_not_hold_
     assert (rows["muonlab"]["micro_batch_size"], rows["muonlab"]["accumulation"]) == (2, 1)
     assert (rows["plain"]["micro_batch_size"], rows["plain"]["accumulation"]) == (1, 2)
     assert rows["plain"]["seconds_per_update"]["median"] > 0
+    monkeypatch.setitem(train.CASES, "tiny", replace(train.CASES["tiny"], cpu=(3, 1)))
+    (row,) = measured([{**ours(), "side": "plain"}])["contestants"]
+    assert (row["micro_batch_size"], row["accumulation"]) == (1, 3)
 
 
 def test_a_second_run_is_timed_in_the_program_of_the_first(monkeypatch):

@@ -1,9 +1,12 @@
 """The custom primitives beside the head against fp64, closed forms and the operations that torch has."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
-from muonlab.models.ops import gather_rows, grouped_linear
+from muonlab.models.ops import gather_rows, grouped_linear, rms_norm
 
 
 def test_gathered_rows_are_indexed_rows_and_so_are_their_gradients() -> None:
@@ -39,3 +42,37 @@ def test_a_grouped_linear_is_one_linear_per_group(dtype: torch.dtype, width: int
     exact = torch.autograd.grad(one_by_one(x.double(), weight.double()), [x, weight], upstream.to(dtype).double())
     for a, b in zip(grads, exact):
         assert (a - b).norm() <= tolerance * b.norm()
+
+
+def primitives() -> dict[str, Callable[[Tensor], Tensor]]:
+    """Of x [10, 8], in x's dtype."""
+    generator = torch.Generator().manual_seed(1)
+    order = torch.randperm(20, generator=generator)
+    inverse = order.argsort()
+    scale = torch.randn(8, dtype=torch.float64, generator=generator)
+    weight = torch.randn(3, 8, 8, dtype=torch.float64, generator=generator)
+    ends = torch.tensor([3, 7, 10], dtype=torch.int32)
+    return {
+        "gather_rows": lambda x: gather_rows(x, order, inverse, 2),
+        "rms_norm": lambda x: rms_norm(x, None, 1e-6),
+        "rms_norm with a weight": lambda x: rms_norm(x, scale.to(x.dtype), 1e-6),
+        "grouped_linear": lambda x: grouped_linear(x, weight.to(x.dtype), ends),
+    }
+
+
+@pytest.mark.parametrize("name", primitives())
+@pytest.mark.parametrize("mode", ["compiled", "vmap", "compiled vmap"])
+def test_a_compiled_primitive_keeps_its_gradient_and_a_batched_one_does_or_refuses(mode: str, name: str) -> None:
+    """torch has been seen to drop or change a custom backward in silence."""
+    torch._dynamo.reset()
+    primitive = primitives()[name]
+    stack = torch.randn(2, 10, 8, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    exact = torch.autograd.grad(sum(primitive(x).square().sum() for x in stack.double().unbind()), stack)[0]
+    call = torch.vmap(primitive) if "vmap" in mode else lambda stack: torch.stack([primitive(x) for x in stack])
+    call = torch.compile(call, backend="aot_eager") if "compiled" in mode else call
+    try:
+        result = call(stack)
+    except RuntimeError:
+        assert "vmap" in mode
+        return
+    torch.testing.assert_close(torch.autograd.grad(result.square().sum(), stack)[0], exact, rtol=1e-5, atol=1e-5)

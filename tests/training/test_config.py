@@ -4,6 +4,7 @@ import tomllib
 
 import pytest
 import tomli_w
+import torch
 from pydantic import ValidationError
 from runs import tiny
 
@@ -89,6 +90,13 @@ def test_resolving_leaves_no_auto_and_changes_nothing_the_second_time():
     assert resolved.training.threads > 0
     assert resolved.training.logit_chunk_bytes > 0
     assert resolve_machine(resolved) == resolved
+
+
+def test_a_gpu_that_only_emulates_bf16_trains_in_fp32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    training = {"device": "cuda", "precision": "auto", "program": "eager", "logit_chunk_bytes": 1 << 20}
+    assert resolve_machine(replace(tiny(), training=training)).training.precision == "fp32"
 
 
 def test_an_absent_device_is_one_line():

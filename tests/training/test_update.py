@@ -9,6 +9,7 @@ from torch import Tensor
 
 from muonlab.models import MODELS, Transformer
 from muonlab.models.head import head_stats
+from muonlab.optim import kernels
 from muonlab.training.loop import resolve
 from muonlab.training.losses import cross_entropy, training_loss
 from muonlab.training.programs import Program
@@ -82,6 +83,16 @@ def test_the_forward_pass_reads_the_casts():
         cast.data.zero_()
     without, _ = micro_step(*batch(config), None)
     assert abs(loss - without) > 1e-3
+
+
+def test_an_optimizer_that_steps_through_torch_is_named_by_its_update():
+    _, program = built(optimizer={"name": "muon"})
+    update = program.update
+    assert update.notice is None
+    kernels._plans.setdefault(update.optimizer, kernels._Plans()).refused = "GPUs older than Ampere (a T4)"
+    assert update.notice == (
+        "the optimizer steps through torch: its fast step does not cover GPUs older than Ampere (a T4)"
+    )
 
 
 def test_an_update_that_failed_leaves_no_gradient_for_the_next(monkeypatch):

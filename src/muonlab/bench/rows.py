@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
+
 Spec = dict[str, Any]
 Measure = Callable[[Spec], dict[str, Any]]
 """A function of a module (a new process imports it): what to measure -> numbers and names."""
@@ -94,6 +96,8 @@ def _serve(pipe: Connection, measure: Measure) -> None:
 
 def _guarded(measure: Measure, spec: Spec) -> dict[str, Any]:
     try:
+        if str(spec.get("device")).startswith("cuda:"):
+            torch.cuda.set_device(spec["device"])  # kernels are launched on the current one
         return measure(spec)
     except Exception as error:  # whatever a peer, a compiler or a device throws
         first = (str(error).strip() or "no message").splitlines()[0]

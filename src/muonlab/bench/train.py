@@ -213,7 +213,7 @@ class Runner:
             self.peak = self.program.peak_memory() if ours else torch.cuda.max_memory_allocated(self.device) - held
 
     def starts_plain(self) -> bool:
-        """Makes two updates, the second beside the optimizer's state; False, with micro-batches of half the size from now on, where
+        """Makes two updates, the second beside the optimizer's state; False, with smaller micro-batches from now on, where
         the device has too little memory (plain PyTorch holds all logits at once)."""
         start = time.perf_counter()
         self.plain = PlainUpdate(self.options, self.contestant, self.device, self.accumulation, WEIGHT_DECAY, CLIP)
@@ -222,10 +222,11 @@ class Runner:
             self.first = time.perf_counter() - start
             self.updates(1)
         except torch.OutOfMemoryError:
-            if self.micro % 2:
+            if self.micro == 1:
                 raise
             del self.plain
-            self.micro, self.accumulation = self.micro // 2, 2 * self.accumulation
+            smaller = max(size for size in range(1, self.micro) if self.micro % size == 0)
+            self.micro, self.accumulation = smaller, self.accumulation * self.micro // smaller
             return False
         return True
 

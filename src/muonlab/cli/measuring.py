@@ -6,7 +6,13 @@ from typing import Any
 
 from muonlab.errors import InputError, unknown
 
-KINDS = ("step", "train", "profile", "all")
+KINDS = {
+    "step": ("sets", "peers", "repeats"),
+    "train": ("models", "programs", "optimizers", "repeats", "updates"),
+    "profile": ("models", "programs", "optimizers", "updates"),
+    "all": (),
+}
+"""Benchmarks, and the options that each has besides those of all."""
 
 
 def cmd_bench(options: Any) -> None:
@@ -19,6 +25,10 @@ def cmd_bench(options: Any) -> None:
 
     if options.kind not in KINDS:
         raise unknown("benchmark", options.kind, KINDS)
+    for name in sorted({name for names in KINDS.values() for name in names} - set(KINDS[options.kind])):
+        if getattr(options, name) is not None:
+            known = ", ".join(f"--{name}" for name in KINDS[options.kind]) or "none of its kind"
+            raise InputError(f"bench {options.kind} has no --{name}; it has {known}")
     output = Path(options.output) if options.output else None
     if output is not None and importlib.util.find_spec("matplotlib") is None:
         raise InputError("the roofline figure needs matplotlib; pip install 'muonlab[lab]', or leave --output out")
@@ -52,4 +62,6 @@ def cmd_bench(options: Any) -> None:
         session.run_train(shared, models, programs, optimizers, options.repeats or rounds, options.updates or updates)
     else:
         wanted = options.programs or [programs[-1]]
-        session.run_profile(shared, models[:1], wanted, options.optimizers or ["muon"], options.updates or 3)
+        session.run_profile(
+            shared, options.models or models[:1], wanted, options.optimizers or ["muon"], options.updates or 3
+        )

@@ -55,8 +55,9 @@ def cmd_train(options: Any) -> int:
         ["--output", str(directory)] if options.output else []
     )
     write_run(directory)
-    for notice in metrics["data"]["notices"]:
-        print(notice)
+    for notice in (*metrics["data"]["notices"], metrics["program_notice"]):
+        if notice:
+            print(notice)
     final = ", ".join(f"{split} loss {row['cross_entropy']:.4f}" for split, row in metrics["final"].items())
     print(
         f"{metrics['status']} after {metrics['updates']} updates in {clock(metrics['seconds']['training'])} of training: {final}"

@@ -208,7 +208,7 @@ def resolve_machine(config: RunConfig[Any]) -> RunConfig[Any]:
         index = device.partition(":")[2]
         if kind == "cuda" and index and not (index.isdigit() and int(index) < torch.cuda.device_count()):
             raise InputError(f"training.device is {device!r} but torch sees {torch.cuda.device_count()} CUDA device(s)")
-        if precision == "auto" and kind == "cuda" and torch.cuda.is_bf16_supported():
+        if precision == "auto" and kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
             precision = "bf16"
         threads = threads or torch.get_num_threads()
     if precision == "auto":

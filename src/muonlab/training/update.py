@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from muonlab.models import ModelOutput, Transformer
 from muonlab.models.head import head_sample, head_stats
+from muonlab.optim import kernels
 from muonlab.optim.kernels.capture import capture
 from muonlab.optim.optimizer import HybridOptimizer
 from muonlab.optim.schedules import applied_lr, set_lr, set_momentum
@@ -205,7 +206,9 @@ class Update:
         """Why another program than the one asked for runs, in one line."""
         lost = self._not_captured if self._wants_graph else None
         graph = None if lost is None else f"no CUDA graph ({lost}); the update runs as {self.program}"
-        return "; ".join(line for line in (self.micro_step.notice, graph) if line) or None
+        refusal = kernels.refusal(self.optimizer)
+        step = None if refusal is None else f"the optimizer steps through torch: its fast step does not cover {refusal}"
+        return "; ".join(line for line in (self.micro_step.notice, graph, step) if line) or None
 
     @property
     def ready(self) -> bool:

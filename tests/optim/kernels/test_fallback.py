@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -20,6 +23,14 @@ def test_parameters_on_a_cpu_are_left_to_the_plain_path() -> None:
     optimizer = optimizer_with()
     work = [(group, list(group["params"])) for group in optimizer.param_groups]
     assert kernels.step(optimizer, work, optimizer._state) is work
+
+
+def test_a_capture_without_a_step_before_says_that_it_holds_the_slower_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = optimizer_with()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    work: Any = [(group, [SimpleNamespace(is_cuda=True)]) for group in optimizer.param_groups]
+    with pytest.warns(UserWarning, match="slower: make a step of this kind before the capture"):
+        assert kernels.step(optimizer, work, optimizer._state) is work
 
 
 def test_triton_is_not_imported_by_the_package_nor_its_kernels_by_a_step_on_a_cpu() -> None:

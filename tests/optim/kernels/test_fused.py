@@ -333,6 +333,18 @@ def test_kernels_that_do_not_agree_with_torch_are_refused_before_anything_is_cha
     assert torch.equal(param, before)
 
 
+def test_whatever_ends_a_plan_or_its_capture_is_one_line_and_not_an_error_of_another_kind() -> None:
+    from muonlab.optim.kernels import fused
+
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried\nand more"), AssertionError()):
+        with pytest.raises(kernels.Unsupported) as caught, fused._refusing():
+            raise error
+        assert len(str(caught.value).splitlines()) == 1
+        assert type(error).__name__ in str(caught.value)
+    with pytest.raises(kernels.Unsupported, match=r"^as it is$"), fused._refusing():
+        raise kernels.Unsupported("as it is")
+
+
 @pytest.mark.parametrize("change", ["other data", "other strides", "other dtype", "other strides of the parameter"])
 def test_a_tensor_that_changes_in_place_is_noticed(change: str) -> None:
     param, _ = params = params_like((SHAPE, (33,)))

@@ -172,6 +172,24 @@ def test_an_option_without_a_kernel_steps_through_torch_and_says_so_once() -> No
     assert_close(ours, theirs)
 
 
+def test_a_step_whose_graph_has_no_memory_steps_through_torch_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from muonlab.optim.kernels import fused
+
+    def full(plan: fused.FusedStep) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 32.00 MiB.")
+
+    monkeypatch.setattr(fused.FusedStep, "_launch", full)
+    ours, theirs = build(), plain(build())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            new_gradients(ours, theirs)
+            ours.step()
+            theirs.step()
+    assert [str(warning.message).count("OutOfMemoryError") for warning in caught] == [1]
+    assert_close(ours, theirs)
+
+
 def test_workspace_stays_within_its_bound() -> None:
     params = [nn.Parameter(torch.randn(512, 1024, device="cuda")) for _ in range(40)]
     for param in params:

@@ -44,6 +44,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "block_period": (0, None),
 }
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Captures of a user's own program in which addresses may differ; one pinned table each.
+_CAPTURES = 8
 # A plan takes a while to make: an optimizer that would need ever new ones is better off without.
 _PLANS = 16
 
@@ -72,7 +74,16 @@ def replay(optimizer: torch.optim.Optimizer) -> bool:
     gradients = plans.current.gradients(groups, optimizer.state)
     if gradients is None or not any(gradients) or any(group["skip_nonfinite"] for group in groups):
         return False
-    return bool(plans.current.run(gradients))
+    try:
+        return bool(plans.current.run(gradients))
+    except Unsupported:
+        return False  # `step` meets it again, and says so
+
+
+def refusal(optimizer: torch.optim.Optimizer) -> str | None:
+    """Why the fast step does not cover what it should, in a few words; None where it does, or where there is nothing for it."""
+    plans = _plans.get(optimizer)
+    return None if plans is None else plans.refused
 
 
 def step(optimizer: torch.optim.Optimizer, work: Work, state: State, keep: Tensor | None = None) -> Work:
@@ -93,8 +104,8 @@ def step(optimizer: torch.optim.Optimizer, work: Work, state: State, keep: Tenso
     try:
         gradients = plans.current.gradients(covered, optimizer.state) if plans.current is not None else None
         if gradients is None:
-            if torch.cuda.is_current_stream_capturing():
-                return work  # a plan cannot be made now: it waits for the device
+            if torch.cuda.is_current_stream_capturing():  # a plan cannot be made now: it waits for the device
+                return _captured_slowly(work, "make a step of this kind before the capture")
             reason = _obstacle(covered)
             if reason is None and plans.made == _PLANS:
                 reason = "parameters, gradients or options that change their layout from step to step"
@@ -110,7 +121,17 @@ def step(optimizer: torch.optim.Optimizer, work: Work, state: State, keep: Tenso
         done = plans.current.run(gradients, keep)
     except Unsupported as error:
         return _refuse(plans, work, str(error))
-    return [entry for entry in work if entry[0]["rule"] not in ("muon", "adamw")] if done else work
+    if not done:
+        return _captured_slowly(
+            work, f"give what changes as tensors on the device, and capture at most {_CAPTURES} places of gradients"
+        )
+    return [entry for entry in work if entry[0]["rule"] not in ("muon", "adamw")]
+
+
+def _captured_slowly(work: Work, instead: str) -> Work:
+    if any(group["rule"] == "muon" for group, _ in work):
+        warnings.warn(f"this CUDA graph captures the optimizer's step through torch, slower: {instead}", stacklevel=3)
+    return work
 
 
 def _refuse(plans: _Plans, work: Work, reason: str) -> Work:

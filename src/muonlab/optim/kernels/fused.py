@@ -8,7 +8,8 @@ and the same graph is replayed. A parameter without a gradient has address 0 and
 import math
 import operator
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from itertools import chain
 from typing import Any
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from muonlab.optim.coefficients import Step
-from muonlab.optim.kernels import State, Unsupported, elementwise, iteration, tables
+from muonlab.optim.kernels import _CAPTURES, State, Unsupported, elementwise, iteration, tables
 from muonlab.optim.kernels.capture import capture
 from muonlab.optim.kernels.launching import compile_together, launch
 from muonlab.optim.kernels.places import Places, Signature, look
@@ -26,8 +27,6 @@ from muonlab.optim.kernels.tables import Launch, Matrix, Slice
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _WARPS = 8
-# Captures of a user's own program in which addresses may differ; one pinned table each.
-_CAPTURES = 8
 # Priorities of streams, the lowest first where programs of several launches wait. Products go before passes over memory, whose
 # programs would otherwise all begin before a product that became ready a moment later; launches of small matrices, many and
 # short, go before both.
@@ -83,7 +82,7 @@ class FusedStep:
         self._processors = 1
         if cuda:
             self._processors = torch.cuda.get_device_properties(self._device).multi_processor_count
-        try:
+        with self._here(), _refusing():
             tunings = self._plan_matrices()
             self._plan_entries()
             # All addresses are still 0, so nothing of the user's is touched.
@@ -91,11 +90,6 @@ class FusedStep:
             compile_together(launches)
             for each in (*tunings, *launches):
                 each()
-        except Unsupported:
-            raise
-        except Exception as error:  # a compiler's failure may be of any kind
-            reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:100]}"
-            raise Unsupported(f"this case ({reason})") from error
 
     def gradients(self, groups: list[dict[str, Any]], states: Mapping[Tensor, Any]) -> list[int] | None:
         """Addresses of all gradients (0: none); None where anything is not as it was planned for.
@@ -115,7 +109,17 @@ class FusedStep:
         """Makes the update; False, with nothing changed, where a user's capture cannot hold it.
 
         `keep`, a boolean on the device: False leaves everything as it is, as if no parameter had a gradient.
+
+        Raises Unsupported, with nothing changed, where its graph cannot be captured.
         """
+        with self._here():
+            return self._run(gradients, keep)
+
+    def _here(self) -> AbstractContextManager[object]:
+        """The device of the plan as the current one: kernels are launched there."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
+    def _run(self, gradients: list[int], keep: Tensor | None) -> bool:
         capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         values, live = self._hyper_values()
         entries = tuple(index for index, _ in live)
@@ -139,7 +143,7 @@ class FusedStep:
             return True
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.device(self._device), capture(graph):
+            with _refusing(), capture(graph):
                 self._launch()
             self._graph = graph
         self._graph.replay()
@@ -338,6 +342,18 @@ class FusedStep:
             arguments = (chunks.to(self._device), self._pointers, sizes, self._hyper, 0)
             flags = (*types, cautious, align, elementwise.CHUNK)
             launches.append((_PASS, _bound(elementwise.adamw_kernel, (starts[-1],), (*arguments, *flags))))
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Makes Unsupported of whatever goes wrong: a compiler's failure may be of any kind, and memory may be short."""
+    try:
+        yield
+    except Unsupported:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:100]}"
+        raise Unsupported(f"this case ({reason})") from error
 
 
 @cache
