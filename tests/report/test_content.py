@@ -209,6 +209,7 @@ def changed(comparison, **changes):
 
 def test_a_clean_comparison_has_no_serious_threat(comparison):
     assert not [threat for threat in threats(read_material(comparison)) if threat.severity == "serious"]
+    assert "Another program than the one asked for" not in titles(read_material(comparison))
 
 
 def test_threats_come_from_the_data(comparison, fake, tmp_path):
@@ -227,10 +228,12 @@ def test_threats_come_from_the_data(comparison, fake, tmp_path):
     )
     material = read_material(tmp_path)
     next(iter(material.runs.values()))["versions"]["code"] = "another"
+    next(iter(material.runs.values()))["program_notice"] = "torch.compile failed (no compiler here)"
     found = titles(material)
     assert found["One seed"].severity == "serious"
     assert "7.5 times" in found["Several epochs"].text
     assert "Mixed versions of the code" in found
+    assert "no compiler here" in found["Another program than the one asked for"].text
     assert "pydoc" in found["Not the corpus that was asked for, or not all of it"].text
     assert "Run directories that cannot be read" in titles(
         Material(summary=material.summary, runs=material.runs, unreadable={"x": "gone"})

@@ -166,6 +166,12 @@ def _machines(material: Material) -> Iterator[Threat]:
             title="Mixed machines or programs",
             text=f"Runs were made in different ways: {'; '.join(machines)}. Losses may be compared, seconds may not.",
         )
+    for notice in _distinct(run.get("program_notice") for run in material.runs.values()):
+        yield Threat(
+            severity="note",
+            title="Another program than the one asked for",
+            text=f"Runs fell back: {notice}. Losses may be compared, seconds are those of what ran.",
+        )
 
 
 def _budgets(material: Material) -> Iterator[Threat]:
