@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.no_compiler import no_compiler
 
 from muonlab.cli import main
 
@@ -124,13 +125,7 @@ def test_bad_input_gets_one_line_and_exit_code_2_and_leaves_nothing_behind(argum
 
 
 def test_a_run_that_fell_back_says_so(capsys, monkeypatch):
-    def broken(*_, **__):
-        def call(*_, **__):
-            raise RuntimeError("no compiler here")
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(torch, "compile", no_compiler)
     code, out, _ = call("train", "--updates", "2", "--program", "compile", *TINY, capsys=capsys)
     assert code == 0
     assert out.splitlines().count("torch.compile failed (no compiler here); operations run one by one") == 1

@@ -64,9 +64,9 @@ def read_overrides(config: RunConfig[Any], words: Sequence[str]) -> dict[str, An
             changed = tyro.cli(type(config), default=config, args=arguments, prog="muonlab")
     except SystemExit:
         # a title, what is wrong in a line or more, rules or empty lines around it
-        lines = [line.strip("│╭╰─╮╯- ") for line in complaint.getvalue().splitlines()]
-        wrong = dropwhile(lambda line: not line, lines[1:])
-        told = " ".join(takewhile(bool, wrong)) or "cannot read the flags"
+        lines = [line.strip("│╭╰─╮╯ ") for line in complaint.getvalue().splitlines()]
+        wrong = dropwhile(lambda line: not line.strip("-"), lines[1:])
+        told = " ".join(takewhile(lambda line: line.strip("-"), wrong)) or "cannot read the flags"
         if "validation error" in told:  # pydantic's, which names the field and the reason behind it
             told = (
                 told.partition("validation error")[2].partition(f"{type(config).__name__} ")[2].partition(" [type=")[0]

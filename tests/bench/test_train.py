@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.no_compiler import no_compiler
 from torch import nn
 
 from muonlab.bench import profile, train
@@ -54,13 +55,7 @@ def test_a_mixture_counts_the_experts_that_a_token_visits():
 
 
 def test_after_a_fallback_the_row_says_eager_and_why(monkeypatch):
-    def broken(*_, **__):
-        def call(*_, **__):
-            raise RuntimeError("no compiler here")
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(torch, "compile", no_compiler)
     result = measured([ours("compile"), {**ours("compile"), "side": "plain"}])
     rows = {row["side"]: row for row in train.with_utilisation(result, RATES, None)}
     assert (rows["muonlab"]["asked"], rows["muonlab"]["program"]) == ("compile", "eager")

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from runs import tiny, without_times
+from tests.no_compiler import no_compiler
 from torch import Tensor
 
 from muonlab.training import programs
@@ -395,13 +396,7 @@ def test_a_process_may_compile_more_shapes_than_torch_allows_a_function(monkeypa
 
 
 def test_a_failure_to_compile_is_one_line_and_stays_known_to_the_next_run(monkeypatch, tmp_path):
-    def broken(*_, **__):
-        def call(*_, **__):
-            raise RuntimeError("no compiler here\nand a long story")
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(torch, "compile", no_compiler)
     for seed in (1, 2):
         metrics = run(tiny(seed=seed, training={"program": "compile"}), directory=tmp_path / str(seed))
         assert metrics["program"] == "eager"

@@ -40,10 +40,10 @@ def program_of(optimizer: Any) -> str:
     """What really runs in a step: for ours the CUDA graph or why not, else how it is shipped."""
     if not isinstance(optimizer, torch.optim.Optimizer) or type(optimizer).__module__.split(".")[0] != "muonlab":
         return "as shipped"
-    if kernels._plans.get(optimizer) is None:
+    plans = kernels._plans.get(optimizer)
+    if plans is None:
         return "torch"
-    refusal = kernels.refusal(optimizer)
-    return "graph" if refusal is None else f"torch ({refusal})"
+    return "graph" if plans.refused is None else f"torch ({plans.refused})"
 
 
 def graph_of(optimizer: Any) -> Callable[[], object] | None:

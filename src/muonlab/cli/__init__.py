@@ -261,7 +261,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--optimizers", nargs="+", metavar="NAME", help="train, profile: muon, adamw")
     bench.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     bench.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's own number)")
-    bench.add_argument("--repeats", type=int, help="measurements of each row")
+    bench.add_argument("--repeats", type=int, help="step, train: measurements of each row")
     bench.add_argument("--updates", type=int, help="train, profile: updates in one measurement")
     bench.add_argument("--quick", action="store_true", help="something tiny in seconds, to try it out")
     bench.add_argument(

@@ -27,7 +27,7 @@ def cmd_bench(options: Any) -> None:
         raise unknown("benchmark", options.kind, KINDS)
     for name in sorted({name for names in KINDS.values() for name in names} - set(KINDS[options.kind])):
         if getattr(options, name) is not None:
-            known = ", ".join(f"--{name}" for name in KINDS[options.kind]) or "none of its kind"
+            known = ", ".join(f"--{name}" for name in KINDS[options.kind]) or "only those of every benchmark"
             raise InputError(f"bench {options.kind} has no --{name}; it has {known}")
     output = Path(options.output) if options.output else None
     if output is not None and importlib.util.find_spec("matplotlib") is None:

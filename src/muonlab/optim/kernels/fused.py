@@ -82,7 +82,7 @@ class FusedStep:
         self._processors = 1
         if cuda:
             self._processors = torch.cuda.get_device_properties(self._device).multi_processor_count
-        with self._here(), _refusing():
+        with self._on_device(), _refusing():
             tunings = self._plan_matrices()
             self._plan_entries()
             # All addresses are still 0, so nothing of the user's is touched.
@@ -112,10 +112,10 @@ class FusedStep:
 
         Raises Unsupported, with nothing changed, where its graph cannot be captured.
         """
-        with self._here():
+        with self._on_device():
             return self._run(gradients, keep)
 
-    def _here(self) -> AbstractContextManager[object]:
+    def _on_device(self) -> AbstractContextManager[object]:
         """The device of the plan as the current one: kernels are launched there."""
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
